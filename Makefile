@@ -1,0 +1,54 @@
+# make tour   see it all: install, run the notebooks, open runs/tour/index.html
+# make test   unit and property tests, every notebook, style
+# make lab    JupyterLab
+#
+# PYTHON=python3.12       another Python (3.11 or later)
+# PIP_ARGS="..."          more arguments for every pip install, e.g. an index or a proxy of yours
+# TORCH_INDEX=            on Linux without an NVIDIA card: take PyPI's torch (with CUDA) instead of PyTorch's CPU build
+
+PYTHON ?= python3
+PIP_ARGS ?=
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PY := .venv/bin/python
+READY := .venv/.ready
+NOTEBOOK_SECONDS ?= 600
+
+.PHONY: tour test lab style notebooks constraints
+.DELETE_ON_ERROR:
+
+tour: $(READY)
+	$(PY) -m searchr1_lite.tour
+
+test: $(READY) style
+	$(PY) -m pytest -q tests
+	$(MAKE) notebooks
+
+notebooks: $(READY)
+	$(PY) -m pytest -q notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=$(NOTEBOOK_SECONDS) \
+	  --nbval-sanitize-with=tests/nbval_sanitize.cfg
+
+style: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+lab: $(READY)
+	$(PY) -m jupyter lab notebooks
+
+# On Linux, PyPI's torch brings several GB of CUDA: without an NVIDIA card, PyTorch's own index of CPU builds is asked
+# too, where it can be reached. Other systems get a CPU build from PyPI.
+CPU_TORCH = $$([ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null 2>&1 \
+  && curl -fsI -m 5 -o /dev/null "$(TORCH_INDEX)/torch/" 2>/dev/null && echo "--extra-index-url $(TORCH_INDEX)")
+
+# Made once, and brought up to date when a version changes. torch goes first, so that the choice of its build is made
+# here and nothing that needs torch replaces it.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or later is needed, and $(PYTHON) is " \
+	  + sys.version.split()[0] + "; name another one: make PYTHON=python3.11")'
+	@test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install $(PIP_ARGS) $(CPU_TORCH) --constraint constraints.txt torch
+	$(PY) -m pip install $(PIP_ARGS) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+constraints: $(READY)
+	@{ sed -n '/^#/p' constraints.txt; $(PY) -m pip freeze --exclude-editable | sed -n 's/^\([^ @]*==[^+]*\).*/\1/p' \
+	  | grep -Evi '^(pip|setuptools|coverage)=='; } > .venv/constraints.txt && mv .venv/constraints.txt constraints.txt
