@@ -1,0 +1,125 @@
+"""Loading the model that writes: weights from a folder or the hub, in 4 bits where that works, and its tokenizer.
+
+Left out: adapters (training puts them on) and merging, which corrupts 4-bit weights in place.
+"""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from searchr1_lite.config import Profile, resolve_path
+
+
+class PolicyError(RuntimeError):
+    """A model or tokenizer that cannot be used; the message says what to do."""
+
+
+@dataclass(slots=True)
+class Policy:
+    """A causal language model with its tokenizer. `quantization` is what is really in use, "nf4" or "none"."""
+
+    model: Any
+    tokenizer: Any
+    device: torch.device
+    quantization: str = "none"
+
+
+def load_policy(profile: Profile) -> Policy:
+    """The profile's model in eval mode. Raises PolicyError where the model, the tokenizer or the device is missing."""
+    device = _device(profile.device)
+    source = _source(profile.model)
+    tokenizer = _from_pretrained(AutoTokenizer, source, profile.model)
+    if profile.quantization == "nf4":
+        model, quantization = _load_nf4(source, profile, device)
+    else:
+        model, quantization = _load(source, profile, device), "none"
+    _check_tokenizer(tokenizer, model, profile.model)
+    model.eval()
+    return Policy(model, tokenizer, device, quantization)
+
+
+def _device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise PolicyError("the profile says device: cuda, but no GPU is visible here; use device=auto or device=cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _source(model: str) -> str:
+    """A folder if there is one, else the name as the hub knows it."""
+    path = resolve_path(model)
+    if path.is_dir():
+        return str(path)
+    if model.startswith((".", "/", "~", "data/")):
+        raise PolicyError(f"there is no model folder {model!r}; the tiny base belongs to the repository")
+    return model
+
+
+def _from_pretrained(auto: Any, source: str, name: str, **options: Any) -> Any:
+    try:
+        return auto.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        if Path(source).is_dir():
+            raise PolicyError(f"{name}: the folder cannot be loaded: {error}") from error
+        raise PolicyError(
+            f"{name}: no such folder, and the hub does not give it. Check the name and the connection, or fetch it where "
+            f"there is one with `hf download {name} --local-dir FOLDER` and set model to that folder ({error})"
+        ) from error
+
+
+def _load(source: str, profile: Profile, device: torch.device, **options: Any) -> Any:
+    dtype = getattr(torch, profile.dtype)
+    model = _from_pretrained(AutoModelForCausalLM, source, profile.model, dtype=dtype, **options)
+    return model if options else model.to(device)
+
+
+def _load_nf4(source: str, profile: Profile, device: torch.device) -> tuple[Any, str]:
+    """The model in 4 bits and "nf4", or, where bitsandbytes does not work, unquantised and "none", with a warning."""
+    try:
+        import bitsandbytes  # noqa: F401
+
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=getattr(torch, profile.dtype),
+        )
+        model = _load(source, profile, device, quantization_config=config, device_map={"": device})
+        _keep_weights_unpacked(model)
+        with torch.no_grad():  # some platforms load 4-bit weights and fail at the first use
+            model.eval()(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
+        return model, "nf4"
+    except PolicyError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    warnings.warn(f"4-bit loading does not work here, running unquantised ({reason})", RuntimeWarning, stacklevel=3)
+    return _load(source, profile, device), "none"
+
+
+def _keep_weights_unpacked(model: Any) -> None:
+    """Stop bitsandbytes repacking weights for AVX512-BF16 at the first forward: later training steps then fail."""
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
+    if tokenizer.pad_token_id is None:
+        raise PolicyError(
+            f"{name}: the tokenizer has no pad token; set one in its tokenizer_config.json, for instance "
+            f'"pad_token": "{tokenizer.eos_token or "<|endoftext|>"}"'
+        )
+    embeddings = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > embeddings:
+        raise PolicyError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens but the model embeds {embeddings}: "
+            "they do not belong together"
+        )

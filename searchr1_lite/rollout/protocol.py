@@ -1,0 +1,90 @@
+"""What the model is told, what it may do, and what it is shown: the protocol of Search-R1, as text and as token ids.
+
+Everything here is quoted or rebuilt from Search-R1 (arXiv 2503.09516, table 1; `scripts/data_process/nq_search.py`,
+`search_r1/llm_agent/generation.py`). Left out: other prompts, and tags as special tokens; in Qwen2.5's vocabulary the
+tags are ordinary text of several tokens, and stay so.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from searchr1_lite.types import Hit
+
+PROMPT = (
+    "Answer the given question. "
+    "You must conduct reasoning inside <think> and </think> first every time you get new information. "
+    "After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query </search> "
+    "and it will return the top searched results between <information> and </information>. "
+    "You can search as many times as your want. "
+    "If you find no further external knowledge needed, you can directly provide the answer inside <answer> and "
+    "</answer>, without detailed illustrations. For example, <answer> Beijing </answer>. Question: {question}\n"
+)
+INVALID_ACTION = (
+    "\nMy previous action is invalid. "
+    "If I want to search, I should put the query between <search> and </search>. "
+    "If I want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
+)
+CLOSING_TAGS = ("</search>", "</answer>")  # a turn ends at the first of them
+OBSERVATION_END = "</information>\n\n"
+
+
+class Action(NamedTuple):
+    """What a turn asks for. `content` is the query or the answer, "" for an invalid action."""
+
+    kind: Literal["search", "answer", "invalid"]
+    content: str
+
+
+def render_prompt(question: str) -> str:
+    """The user message for a question, byte for byte as Search-R1 writes it."""
+    question = question.strip()
+    if not question.endswith("?"):
+        question += "?"
+    return PROMPT.format(question=question)
+
+
+def encode_prompt(tokenizer: Any, question: str, chat_template: bool) -> list[int]:
+    """Token ids of the prompt, as one user message if a template is asked for and the tokenizer has one.
+
+    Search-R1 wraps base models too (`verl/utils/dataset/rl_dataset.py`); Qwen's template adds its system message.
+    """
+    text = render_prompt(question)
+    if chat_template and tokenizer.chat_template:
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def parse_action(text: str) -> Action:
+    """The first complete search or answer in a turn's text; without one the action is invalid."""
+    match = re.search(r"<(search|answer)>(.*?)</\1>", text, re.DOTALL)
+    if match is None:
+        return Action("invalid", "")
+    return Action(match.group(1), match.group(2).strip())
+
+
+def render_observation(hits: Sequence[Hit]) -> str:
+    """The text that answers a search, best passage first; no hits make an empty information block."""
+    documents = "".join(
+        f'Doc {rank}(Title: "{hit.passage.title}") {hit.passage.text}\n' for rank, hit in enumerate(hits, start=1)
+    )
+    return f"\n\n<information>{documents.strip()}</information>\n\n"
+
+
+def encode_observation(tokenizer: Any, text: str, max_tokens: int) -> list[int]:
+    """Token ids of an observation, at most `max_tokens`; a cut information block keeps its closing tag.
+
+    The original cuts the tag off with the rest (Search-R1 issue 127).
+    """
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) <= max_tokens:
+        return ids
+    if not text.endswith(OBSERVATION_END):
+        return ids[:max_tokens]
+    end = tokenizer.encode(OBSERVATION_END, add_special_tokens=False)
+    if len(end) >= max_tokens:
+        raise ValueError(
+            f"max_observation_tokens = {max_tokens} leaves no room for a passage: the closing tag alone takes {len(end)}"
+        )
+    return ids[: max_tokens - len(end)] + end
