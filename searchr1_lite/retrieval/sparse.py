@@ -1,0 +1,80 @@
+"""BM25 search with bm25s: English stems, a short stopword list, title and text as one field.
+
+k1 and b are Pyserini's defaults, because Search-R1's BM25 is Pyserini's. Other languages, fields with weights and
+query expansion are left out.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import bm25s
+import numpy as np
+import Stemmer
+
+from searchr1_lite.retrieval.corpus import CorpusError
+from searchr1_lite.retrieval.manifest import belongs_to, check_index, save_index
+from searchr1_lite.types import Hit, Passage
+
+K1 = 0.9  # Pyserini, LuceneSearcher.set_bm25
+B = 0.4
+LIBRARIES = ["bm25s", "PyStemmer", "numpy"]
+
+
+def tokenize(texts: list[str]) -> list[list[str]]:
+    """Stems of the words (two characters or more) of each text, in lower case, without 33 English stopwords."""
+    stemmer = Stemmer.Stemmer("english")
+    return bm25s.tokenize(texts, stopwords="en", stemmer=stemmer, return_ids=False, show_progress=False)
+
+
+def best_first(scores: np.ndarray, k: int) -> np.ndarray:
+    """Positions of the `k` highest scores (fewer where fewer are above zero), best first; equal scores in order."""
+    k = min(k, len(scores))
+    least = np.partition(scores, len(scores) - k)[len(scores) - k]
+    candidates = np.flatnonzero((scores >= least) & (scores > 0))
+    return candidates[np.argsort(-scores[candidates], kind="stable")][:k]
+
+
+@dataclass(frozen=True)
+class BM25Retriever:
+    passages: list[Passage]
+    index: bm25s.BM25
+
+    @classmethod
+    def build(cls, passages: list[Passage]) -> "BM25Retriever":
+        """Index title and text of every passage; raises CorpusError where there is no word to index."""
+        passages = list(passages)
+        words = tokenize([f"{passage.title}\n{passage.text}" for passage in passages])
+        if not any(words):
+            raise CorpusError(f"nothing to index: {len(passages)} passages without a single searchable word")
+        index = bm25s.BM25(k1=K1, b=B, method="lucene")
+        index.index(words, show_progress=False)
+        return cls(passages, index)
+
+    def search(self, queries: list[str], k: int) -> list[list[Hit]]:
+        """Up to `k` passages a query, best first; passages of equal score in corpus order.
+
+        Only passages that share a word with the query are hits, so a query that is empty, or has no word that the
+        corpus has, finds nothing. A word that stands twice in a query counts twice.
+        """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        return [self._search_one(words, k) for words in tokenize(list(queries))]
+
+    def _search_one(self, words: list[str], k: int) -> list[Hit]:
+        known = [word for word in words if word in self.index.vocab_dict]
+        if not known:
+            return []
+        scores = self.index.get_scores(known)
+        return [Hit(self.passages[i], float(scores[i])) for i in best_first(scores, k)]
+
+    def save(self, folder: str | Path) -> None:
+        """Write the index (not the passages) and its manifest; an older index in `folder` is replaced at once."""
+        manifest = belongs_to("bm25", self.passages, k1=K1, b=B)
+        save_index(Path(folder), manifest, LIBRARIES, lambda fresh: self.index.save(fresh, show_progress=False))
+
+    @classmethod
+    def load(cls, folder: str | Path, passages: list[Passage]) -> "BM25Retriever":
+        """The saved index of exactly these passages, memory-mapped; raises IndexMismatchError otherwise."""
+        passages = list(passages)
+        check_index(Path(folder), belongs_to("bm25", passages, k1=K1, b=B))
+        return cls(passages, bm25s.BM25.load(str(folder), mmap=True))
