@@ -1,4 +1,4 @@
-"""The tour's pages: every notebook as one HTML file, and an index. Self-contained: no script, nothing from elsewhere."""
+"""The tour's pages: every notebook as one HTML file, and an index. Self-contained: no script, nothing fetched."""
 
 import base64
 import io

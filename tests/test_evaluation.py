@@ -1,0 +1,145 @@
+"""Scores over many answers: hand-computed values, an independent Wilson formula, and batches that change nothing."""
+
+from math import isnan, sqrt
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from searchr1_lite.evaluation import evaluate as module
+from searchr1_lite.evaluation.evaluate import NoRetriever, closed_book, evaluate, summarise
+from searchr1_lite.evaluation.metrics import by_hops, mean, seed_interval, share_interval
+from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.types import Question
+
+
+def trajectory(answer: str | None, searches: int = 0, hops: int | None = None, written: int = 3) -> Trajectory:
+    """Searches as often as told, then answers; the golden answer is "yes", and every passage offers it."""
+    found = "<information><answer>yes</answer></information>"
+    turns = [Turn("<search>q</search>", "search", query="q", observation=found)] * searches
+    turns += [Turn("dunno", "invalid") if answer is None else Turn(f"<answer>{answer}</answer>", "answer")]
+    question = Question(f"{answer}{searches}{hops}", "q?", ("yes",), {} if hops is None else {"hops": hops})
+    mask = (1,) * written + (0,) * searches
+    return Trajectory(question, (1,), mask, mask, (0.0,) * len(mask), tuple(turns), answer is not None, "answer")
+
+
+def test_a_summary_by_hand():
+    four = [
+        trajectory("yes", 1, 1),
+        trajectory("no", 1, 1),
+        trajectory("Yes!", 2, 2, written=7),
+        trajectory(None, 3, 2),
+    ]
+    summary = summarise(four)
+    assert summary["questions"] == 4
+    assert summary["exact_match"] == 0.5
+    assert summary["exact_match_by_hops"] == {"1": 0.5, "2": 0.5}
+    assert summary["mean_searches"] == 7 / 4
+    assert summary["mean_searches_by_hops"] == {"1": 1.0, "2": 2.5}
+    assert summary["response_length"] == 4.0  # written tokens 3, 3, 7, 3: what was retrieved does not count
+    assert summary["answer_rate"] == 0.75
+    assert summary["invalid_actions"] == 0.25
+
+
+def test_an_answer_inside_a_passage_is_not_the_models():
+    assert summarise([trajectory(None, 1)])["exact_match"] == 0.0
+
+
+def test_questions_without_hops_are_counted_but_not_grouped():
+    summary = summarise([trajectory("yes"), trajectory("yes", 1, 1), trajectory("no")])
+    assert summary["exact_match"] == pytest.approx(2 / 3)
+    assert summary["exact_match_by_hops"] == {"1": 1.0}
+    assert summarise([trajectory("yes")])["exact_match_by_hops"] == {}
+
+
+@given(st.integers(1, 500).flatmap(lambda total: st.tuples(st.integers(0, total), st.just(total))))
+def test_the_interval_is_wilsons(counts):
+    correct, total = counts
+    share, z = correct / total, 1.959963984540054
+    centre = (share + z**2 / (2 * total)) / (1 + z**2 / total)
+    half = z / (1 + z**2 / total) * sqrt(share * (1 - share) / total + z**2 / (4 * total**2))
+    low, high = share_interval(correct, total)
+    assert (low, high) == pytest.approx((centre - half, centre + half), abs=1e-9)
+    assert -1e-12 <= low <= share <= high + 1e-12
+
+
+@pytest.mark.parametrize(("correct", "total"), [(1, 0), (3, 2), (-1, 2)])
+def test_an_impossible_share_is_an_error(correct, total):
+    with pytest.raises(ValueError, match="is no share"):
+        share_interval(correct, total)
+
+
+def test_interval_over_seeds():
+    # Mean 2, standard error 1 / sqrt(3), t(0.975, 2) = 4.302653.
+    assert seed_interval([1, 2, 3]) == pytest.approx((2 - 4.302653 / sqrt(3), 2 + 4.302653 / sqrt(3)), abs=1e-6)
+    assert all(map(isnan, seed_interval([1.0])))
+    with pytest.raises(ValueError, match="not numbers"):
+        seed_interval([1.0, float("nan")])
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.sampled_from([None, 1, 2, 3, 10])), min_size=1))
+def test_means_by_hops_weigh_up_to_the_mean_of_all_that_have_hops(rows):
+    known = [(value, hops) for value, hops in rows if hops is not None]
+    groups = by_hops([value for value, _ in rows], [{"hops": hops} if hops else {} for _, hops in rows])
+    assert list(groups) == [str(hops) for hops in sorted({hops for _, hops in known})]
+    total = sum(groups[str(hops)] for _, hops in known)
+    assert total == pytest.approx(sum(value for value, _ in known))
+
+
+def test_the_mean_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match="no values"):
+        mean([])
+
+
+def questions(count: int) -> list[Question]:
+    return [
+        Question(str(number), f"Where is place {number}?", ("x",), {"hops": 1 + number % 2}) for number in range(count)
+    ]
+
+
+def test_batches_change_nothing_when_greedy(policy, retriever, profile):
+    asked = questions(5)
+    whole, one = (profile.model_copy(update={"eval_batch_size": size, "max_turns": 1}) for size in (5, 2))
+    summary, trajectories = evaluate(policy, asked, retriever, whole)
+    summary_in_batches, in_batches = evaluate(policy, asked, retriever, one)
+    assert [trajectory.question for trajectory in trajectories] == asked
+    assert [t.completion_ids for t in trajectories] == [t.completion_ids for t in in_batches]
+    assert {k: v for k, v in summary.items() if k != "seconds"} == {
+        k: v for k, v in summary_in_batches.items() if k != "seconds"
+    }
+    assert summary["greedy"] is True and summary["seconds"] > 0
+
+
+def test_nothing_to_evaluate_is_an_error(policy, retriever, profile):
+    with pytest.raises(ValueError, match="no questions"):
+        evaluate(policy, [], retriever, profile)
+
+
+def test_closed_book_is_one_turn_and_finds_nothing(policy, profile, monkeypatch):
+    seen = []
+
+    def answer_from_memory(policy, batch, retriever, profile, *, greedy, seed):
+        seen.append((profile.max_turns, greedy, retriever.search(["a", "b"], 3)))
+        return [trajectory("yes" if question.id == "0" else "no") for question in batch]
+
+    monkeypatch.setattr(module, "rollout", answer_from_memory)
+    assert closed_book(policy, questions(4), profile) == 0.25
+    assert seen == [(0, True, [[], []])]
+
+
+def test_closed_book_runs_through_the_engine(policy, profile):
+    small = profile.model_copy(update={"max_response_tokens": 4})
+    assert closed_book(policy, questions(2), small) == 0.0
+    assert NoRetriever().search(["a"], 3) == [[]]
+
+
+def test_progress_tells_rate_and_time_left_and_short_evaluations_are_silent(policy, retriever, profile, monkeypatch):
+    monkeypatch.setattr(module, "rollout", lambda policy, batch, *_, **__: [trajectory("no") for _ in batch])
+    clock = iter(range(0, 1000, 5))
+    small = profile.model_copy(update={"eval_batch_size": 10})
+    lines = []
+    evaluate(policy, questions(20), retriever, small, progress=lines.append)
+    assert lines == []
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
+    evaluate(policy, questions(40), retriever, small, progress=lines.append)
+    assert lines == ["20 of 40 questions, 2.0 a second, 10 s left"]
