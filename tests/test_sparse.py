@@ -1,0 +1,244 @@
+"""retrieval/sparse.py: BM25 scores against the formula, what no-match means, saved indexes; recall on real passages."""
+
+import csv
+import gzip
+import json
+import math
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from searchr1_lite.config import ROOT, load_profile
+from searchr1_lite.retrieval.build import load_retriever
+from searchr1_lite.retrieval.corpus import CorpusError, load_corpus
+from searchr1_lite.retrieval.manifest import IndexMismatchError
+from searchr1_lite.retrieval.recall import check_supporting, recall_at_k, recall_per_question
+from searchr1_lite.retrieval.sparse import BM25Retriever
+from searchr1_lite.tasks.questions import read_questions
+from searchr1_lite.types import Hit, Passage, Question
+
+SHARED = Path(ROOT).parent / "shared/data"
+PASSAGES = [
+    Passage("0", "Oslo", "Oslo is the capital of Norway."),
+    Passage("1", "Bergen", "Bergen is a city in Norway. The rain in Bergen is famous."),
+    Passage("2", "Malmö", "Malmö is a Swedish city."),
+    Passage("3", "Rain", "Rain falls from clouds."),
+]
+
+
+def ids(rows: list[list[Hit]]) -> list[list[str]]:
+    return [[hit.passage.id for hit in row] for row in rows]
+
+
+def slow_bm25(query: str, documents: list[list[str]], k1: float = 0.9, b: float = 0.4) -> list[float]:
+    """The formula, word by word, on words that stemming and stopwords leave as they are."""
+    mean = sum(map(len, documents)) / len(documents)
+    scores = []
+    for words in documents:
+        counts, score = Counter(words), 0.0
+        for word in query.split():
+            having = sum(word in other for other in documents)
+            if not having:
+                continue
+            idf = math.log(1 + (len(documents) - having + 0.5) / (having + 0.5))
+            tf = counts[word]
+            score += idf * tf / (tf + k1 * (1 - b + b * len(words) / mean))
+        scores.append(score)
+    return scores
+
+
+WORDS = st.lists(st.sampled_from(["lamp", "fox", "river", "stone", "moon"]), min_size=1, max_size=6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(WORDS, min_size=1, max_size=6), WORDS, st.integers(1, 8))
+def test_scores_order_and_number_of_hits_follow_the_formula(documents, query, k) -> None:
+    passages = [Passage(str(i), words[0], " ".join(words[1:])) for i, words in enumerate(documents)]
+    [hits] = BM25Retriever.build(passages).search([" ".join(query)], k)
+    scores = slow_bm25(" ".join(query), documents)
+    assert len(hits) == min(k, sum(score > 0 for score in scores))
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+    for hit in hits:
+        assert hit.score == pytest.approx(scores[int(hit.passage.id)], rel=1e-5)
+    if hits:  # nothing that was left out is better than the worst hit
+        left = set(range(len(passages))) - {int(hit.passage.id) for hit in hits}
+        assert all(scores[i] <= hits[-1].score + 1e-5 for i in left)
+
+
+def test_one_score_by_hand() -> None:
+    # "capital" stands once in one of 4 passages. Words without stopwords: Oslo Oslo capital Norway = 4,
+    # Bergen Bergen city Norway rain Bergen famous = 7, Malmö Malmö Swedish city = 4, Rain Rain falls from clouds = 5
+    idf = math.log(1 + (4 - 1 + 0.5) / (1 + 0.5))
+    by_hand = idf * 1 / (1 + 0.9 * (1 - 0.4 + 0.4 * 4 / 5))
+    [[hit]] = BM25Retriever.build(PASSAGES).search(["capital"], 3)
+    assert hit.passage.id == "0" and hit.score == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_batch_title_stems_case_and_unicode() -> None:
+    retriever = BM25Retriever.build(PASSAGES)
+    queries = ["capitals of NORWAY", "malmö", "raining cloud"]
+    assert ids(retriever.search(queries, 1)) == [["0"], ["2"], ["3"]]
+    assert retriever.search(queries, 2) == [retriever.search([query], 2)[0] for query in queries]
+    titled = BM25Retriever.build([Passage("t", "Zanzibar", "An island."), *PASSAGES])
+    assert ids(titled.search(["Zanzibar"], 3)) == [["t"]]
+
+
+@pytest.mark.parametrize("query", ["", "   ", "the of is", "xylophone", "?!", "a"])
+def test_a_query_without_a_known_word_finds_nothing(query: str) -> None:
+    assert ids(BM25Retriever.build(PASSAGES).search([query, "Oslo"], 3)) == [[], ["0"]]
+
+
+def test_unknown_words_change_nothing() -> None:
+    retriever = BM25Retriever.build(PASSAGES)
+    assert retriever.search(["xylophone rain in Bergen"], 3) == retriever.search(["rain in Bergen"], 3)
+
+
+def test_ties_come_in_corpus_order() -> None:
+    same = [Passage(str(i), "Fox", "a red fox") for i in range(50)]
+    assert ids(BM25Retriever.build(same).search(["fox"], 7)) == [[str(i) for i in range(7)]]
+
+
+def test_k_and_empty_batches() -> None:
+    retriever = BM25Retriever.build(PASSAGES)
+    assert retriever.search([], 3) == []
+    assert sorted(ids(retriever.search(["Oslo Bergen Malmö clouds"], 99))[0]) == ["0", "1", "2", "3"]
+    for k in (0, -1):
+        with pytest.raises(ValueError, match="k must be at least 1"):
+            retriever.search(["Oslo"], k)
+
+
+@pytest.mark.parametrize("passages", [[], [Passage("0", "?", "a I !")]])
+def test_nothing_to_index_is_an_error(passages: list[Passage]) -> None:
+    with pytest.raises(CorpusError, match="nothing to index"):
+        BM25Retriever.build(passages)
+
+
+def test_saved_and_loaded_it_finds_the_same(tmp_path: Path) -> None:
+    built = BM25Retriever.build(PASSAGES)
+    queries = ["rain city", "Norway", "", "nothing known"]
+    for _ in range(2):  # the second time replaces the first
+        built.save(tmp_path / "index")
+    assert BM25Retriever.load(tmp_path / "index", PASSAGES).search(queries, 4) == built.search(queries, 4)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]  # no temporary folders stay
+
+
+def test_foreign_and_broken_indexes_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    with pytest.raises(IndexMismatchError, match=r"manifest\.json is missing"):
+        BM25Retriever.load(folder, PASSAGES)
+    BM25Retriever.build(PASSAGES).save(folder)
+    for other in (PASSAGES[::-1], PASSAGES[:3], [Passage("0", "Oslo", "Another text."), *PASSAGES[1:]]):
+        with pytest.raises(IndexMismatchError, match="corpus_checksum"):
+            BM25Retriever.load(folder, other)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"kind": "dense"}))
+    with pytest.raises(IndexMismatchError, match="its kind is 'dense'"):
+        BM25Retriever.load(folder, PASSAGES)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(IndexMismatchError, match="not JSON"):
+        BM25Retriever.load(folder, PASSAGES)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    data = folder / "data.csc.index.npy"
+    data.write_bytes(data.read_bytes()[:-4])
+    with pytest.raises(IndexMismatchError, match=r"not whole: data\.csc\.index\.npy is \d+ bytes instead of"):
+        BM25Retriever.load(folder, PASSAGES)
+    data.unlink()
+    with pytest.raises(IndexMismatchError, match=r"data\.csc\.index\.npy is missing"):
+        BM25Retriever.load(folder, PASSAGES)
+
+
+def test_saving_never_removes_a_folder_of_something_else(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="is no index"):
+        BM25Retriever.build(PASSAGES).save(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_load_retriever_builds_once_then_loads(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    profile = load_profile("tiny", retriever="bm25")
+    first = load_retriever(profile, PASSAGES, tmp_path / "index")
+    second = load_retriever(profile, PASSAGES, tmp_path / "index")
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and "4 passages built and saved" in said[0] and "4 passages loaded" in said[1]
+    assert first.search(["rain"], 2) == second.search(["rain"], 2)
+    with pytest.raises(IndexMismatchError):
+        load_retriever(profile, PASSAGES[:2], tmp_path / "index")
+
+
+class Fixed:
+    """Finds passages "p0", "p1", ... in the order written in the question."""
+
+    def search(self, queries: list[str], k: int) -> list[list[Hit]]:
+        return [[Hit(Passage(key, "", ""), 0.0) for key in query.split()[:k]] for query in queries]
+
+
+def test_recall_by_hand() -> None:
+    questions = [
+        Question("a", "p1 p9 p2 p8", ("x",), {"supporting_ids": ["p1", "p2"]}),
+        Question("b", "p5", ("x",), {"gold_ids": ["p4", "p5", "p6"]}),
+    ]
+    assert recall_per_question(Fixed(), questions, (1, 3)) == {1: [0.5, 1 / 3], 3: [1.0, 1 / 3]}
+    assert recall_at_k(Fixed(), questions, (1, 3)) == pytest.approx({1: 5 / 12, 3: 2 / 3})
+    with pytest.raises(ValueError, match="'c' names no supporting passages"):
+        recall_at_k(Fixed(), [Question("c", "p1", ("x",))])
+    with pytest.raises(ValueError, match="no questions"):
+        recall_at_k(Fixed(), [])
+    with pytest.raises(ValueError, match="'b' needs passages that the corpus lacks: p4, p6"):
+        check_supporting(questions, [Passage(key, "", "t") for key in ("p1", "p2", "p5")])
+
+
+def read_qrels(path: Path) -> dict[str, dict[str, int]]:
+    judged: dict[str, dict[str, int]] = defaultdict(dict)
+    with path.open(newline="") as file:
+        for line in csv.DictReader(file, delimiter="\t"):
+            judged[line["query-id"]][line["corpus-id"]] = int(line["score"])
+    return judged
+
+
+def test_recall_on_hotpotqa_by_another_path() -> None:
+    """Judgements from the qrels file instead of the questions' metadata, counted passage by passage."""
+    folder = SHARED / "hotpotqa"
+    if not folder.is_dir():
+        pytest.skip("no real data beside the project (../shared/data/hotpotqa)")
+    questions = read_questions(folder / "questions.jsonl.gz")
+    retriever = BM25Retriever.build(load_corpus(str(folder / "corpus.jsonl.gz")))
+    measured = recall_at_k(retriever, questions, (1, 3, 5, 10))
+    judged = read_qrels(folder / "qrels/test.tsv")
+    assert set(judged) == {question.id for question in questions}
+    rows = retriever.search([question.question for question in questions], 10)
+    for k, value in measured.items():
+        shares = []
+        for question, row in zip(questions, rows, strict=True):
+            found = sum(judged[question.id].get(hit.passage.id, 0) > 0 for hit in row[:k])
+            shares.append(found / len(judged[question.id]))
+        assert value == pytest.approx(sum(shares) / len(shares))
+    assert measured[1] == pytest.approx(0.39, abs=0.02)  # two passages are needed, so 0.5 is the most that k = 1 can do
+    assert measured[1] < measured[3] < measured[5] < measured[10]
+    recorded = json.loads((ROOT / "data/results/retrieval/hotpotqa.json").read_text())["results"][0]
+    assert recorded["retriever"] == "bm25"
+    assert {k: recorded[f"recall@{k}"] for k in measured} == pytest.approx(measured, abs=1e-4)
+
+
+def test_scifact_agrees_with_the_published_bm25() -> None:
+    """Anserini's BM25 (flat) has nDCG@10 0.6789 and recall@100 0.9253 there; the tokenizers differ a little."""
+    folder = SHARED / "scifact"
+    if not folder.is_dir():
+        pytest.skip("no real data beside the project (../shared/data/scifact)")
+    judged = read_qrels(folder / "qrels/test.tsv")
+    with gzip.open(folder / "queries.jsonl.gz", "rt", encoding="utf-8") as file:
+        queries = {str(row["id" if "id" in row else "_id"]): row for row in map(json.loads, file)}
+    keys = sorted(judged)
+    texts = [queries[key].get("text") or queries[key]["question"] for key in keys]
+    rows = BM25Retriever.build(load_corpus(str(folder / "corpus.jsonl.gz"))).search(texts, 100)
+    gains, recalls = [], []
+    for key, row in zip(keys, rows, strict=True):
+        relevant = {i for i, score in judged[key].items() if score > 0}
+        best = sum(1 / math.log2(rank + 2) for rank in range(min(10, len(relevant))))
+        hits = [hit.passage.id in relevant for hit in row]
+        gains.append(sum(hit / math.log2(rank + 2) for rank, hit in enumerate(hits[:10])) / best)
+        recalls.append(sum(hits) / len(relevant))
+    assert sum(gains) / len(gains) == pytest.approx(0.6789, abs=0.02)
+    assert sum(recalls) / len(recalls) == pytest.approx(0.9253, abs=0.02)
