@@ -45,7 +45,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=640, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(TEXTS, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -54,6 +54,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_model(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
+    """As with Qwen2.5, the model may have a few more embeddings than the tokenizer has tokens."""
     torch.manual_seed(seed)
     config = Qwen2Config(
         vocab_size=vocab_size,
@@ -93,7 +94,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def policy(tokenizer) -> Policy:
     """Random weights: it writes noise, and no two tests share it."""
-    return Policy(make_model(len(tokenizer)), tokenizer, torch.device("cpu"))
+    return Policy(make_model(544), tokenizer, torch.device("cpu"))
 
 
 @pytest.fixture
@@ -109,4 +110,11 @@ def retriever() -> OverlapRetriever:
 
 @pytest.fixture
 def profile() -> Profile:
-    return load_profile("tiny", max_prompt_tokens=1000, max_context_tokens=4000, max_response_tokens=32)
+    return load_profile(
+        "tiny",
+        max_prompt_tokens=1000,
+        max_context_tokens=4000,
+        max_response_tokens=20,
+        max_turns=2,
+        chat_template=False,
+    )

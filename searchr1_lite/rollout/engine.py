@@ -254,19 +254,23 @@ class _Batch:
         attention = self.attention[index]
         width = int(attention.sum(1).max())
         order = attention.argsort(dim=1, stable=True)[:, -width:]  # a row's own entries, in order, at the right
-        for layer in self.cache.layers:  # keys and values are (rows, heads, entries, head size)
-            columns = order[:, None, :, None].expand(-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-            layer.keys = layer.keys[index].gather(2, columns)
-            layer.values = layer.values[index].gather(2, columns)
+        for layer in self.cache.layers:
+            layer.keys = _take_entries(layer.keys[index], order)
+            layer.values = _take_entries(layer.values[index], order)
         self.attention, self.lengths = attention.gather(1, order), self.lengths[index]
 
 
+def _take_entries(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Keys or values (rows, heads, entries, head size) with each row's entries as `order` (rows, kept) says."""
+    return states.gather(2, order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
+
+
 class _Stops:
-    """Where a turn ends. A tag may end inside a token ('>\\n\\n'), so texts are compared, but only where it can matter."""
+    """Where a turn ends. A tag may end inside a token ('>\\n\\n'), so texts are compared, but only after a '>'."""
 
     def __init__(self, policy: Policy, vocabulary: int) -> None:
         self.policy = policy
-        ends = getattr(policy.model.generation_config, "eos_token_id", None)
+        ends = policy.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         self.ends = {end for end in [*ends, policy.tokenizer.eos_token_id] if end is not None}
         self.worth_a_look = np.zeros(vocabulary, dtype=bool)
@@ -313,8 +317,8 @@ def _encode_prompts(policy: Policy, questions: Sequence[Question], profile: Prof
     for question, ids in zip(questions, prompts, strict=True):
         if len(ids) > most:
             raise PromptTooLongError(
-                f"question {question.id}: its prompt has {len(ids)} tokens, at most {most} fit (max_prompt_tokens = "
-                f"{profile.max_prompt_tokens}, context = {limit}, of which {profile.max_response_tokens} for one turn); "
-                "shorten the question or raise the limits"
+                f"question {question.id}: its prompt has {len(ids)} tokens, at most {most} fit "
+                f"(max_prompt_tokens = {profile.max_prompt_tokens}; context = {limit}, of which "
+                f"{profile.max_response_tokens} are for one turn); shorten the question or raise the limits"
             )
     return prompts

@@ -67,8 +67,8 @@ def _from_pretrained(auto: Any, source: str, name: str, **options: Any) -> Any:
         if Path(source).is_dir():
             raise PolicyError(f"{name}: the folder cannot be loaded: {error}") from error
         raise PolicyError(
-            f"{name}: no such folder, and the hub does not give it. Check the name and the connection, or fetch it where "
-            f"there is one with `hf download {name} --local-dir FOLDER` and set model to that folder ({error})"
+            f"{name}: no such folder, and the hub does not give it. Check the name and the connection, or fetch it "
+            f"elsewhere with `hf download {name} --local-dir FOLDER` and set model to that folder ({error})"
         ) from error
 
 

@@ -85,6 +85,6 @@ def encode_observation(tokenizer: Any, text: str, max_tokens: int) -> list[int]:
     end = tokenizer.encode(OBSERVATION_END, add_special_tokens=False)
     if len(end) >= max_tokens:
         raise ValueError(
-            f"max_observation_tokens = {max_tokens} leaves no room for a passage: the closing tag alone takes {len(end)}"
+            f"max_observation_tokens = {max_tokens} leaves no room for a passage: the closing tag takes {len(end)}"
         )
     return ids[: max_tokens - len(end)] + end

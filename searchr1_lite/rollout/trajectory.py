@@ -1,10 +1,11 @@
 """What one rollout leaves behind: the exact token ids, who wrote each, and the turns as people read them.
 
 Ids are the ids that were sampled or fed. Text is decoded from ids, for people and for rewards; ids are never made
-from decoded text. Reading and writing trajectories as JSON lines is here too; what is computed from them is not.
+from decoded text. How a trajectory is written as a JSON line is here too; what is computed from it is not.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from searchr1_lite.types import Hit, Question
 
@@ -76,3 +77,31 @@ class Trajectory:
     def response_length(self) -> int:
         """Tokens that the model wrote (retrieved ones are not counted)."""
         return sum(self.loss_mask)
+
+
+def trajectory_to_row(trajectory: Trajectory, **extra: Any) -> dict[str, Any]:
+    """A trajectory as a JSON object for people and for the analysis: texts and counts, `extra` first, no token ids."""
+    question = trajectory.question
+    return {
+        **extra,
+        "question": {
+            "id": question.id,
+            "question": question.question,
+            "golden_answers": list(question.golden_answers),
+            "metadata": question.metadata,
+        },
+        "searches": trajectory.searches,
+        "finished": trajectory.finished,
+        "stop_reason": trajectory.stop_reason,
+        "response_length": trajectory.response_length,
+        "turns": [
+            {
+                "text": turn.text,
+                "action": turn.action,
+                "query": turn.query,
+                "observation": turn.observation,
+                "hit_ids": [hit.passage.id for hit in turn.hits],
+            }
+            for turn in trajectory.turns
+        ],
+    }

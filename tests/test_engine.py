@@ -1,0 +1,419 @@
+"""The rollout engine against a slow, obvious one: no cache, one row at a time, everything read again for each token."""
+
+import dataclasses
+from itertools import chain, pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import OverlapRetriever, make_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError, rollout
+from searchr1_lite.rollout.policy import Policy
+from searchr1_lite.rollout.protocol import (
+    INVALID_ACTION,
+    encode_observation,
+    encode_prompt,
+    parse_action,
+    render_observation,
+)
+from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.types import Question
+
+QUESTIONS = [
+    Question("q0", "What is the capital of Rovana?", ("Belmar",)),
+    Question("q1", "Where is Ōtsu", ("here",)),
+    Question("q2", "Which language do the people of the country whose capital is Belmar speak?", ("Rovan",)),
+    Question("q3", "Who?", ("nobody",)),
+]
+
+
+class BiasedModel(nn.Module):
+    """A random Qwen2 whose logits are pushed, by `push(history, logits) -> logits`, towards tokens a test wants.
+
+    The history of a row is read back from an extra layer of the key-value cache, so a wrong cache gives a wrong push.
+    """
+
+    def __init__(self, base, push) -> None:
+        super().__init__()
+        self.base, self.push = base, push
+        self.config, self.generation_config = base.config, base.generation_config
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None, **options):
+        output = self.base(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            **options,
+        )
+        ids, positions = input_ids, position_ids
+        if past_key_values is not None:
+            extra = len(self.base.model.layers)
+            ids, positions = past_key_values.update(
+                input_ids[:, None, :, None].double(), position_ids[:, None, :, None].double(), extra
+            )
+            ids, positions = ids[:, 0, :, 0].long(), positions[:, 0, :, 0].long()
+        logits = output.logits.clone()
+        for row in range(len(ids)):
+            real = slice(None) if attention_mask is None else attention_mask[row].bool()
+            history = tuple(ids[row][real].tolist())
+            if positions is not None:
+                assert positions[row][real].tolist() == list(range(len(history)))
+            if past_key_values is None:  # one plain forward: every position
+                for n in range(1, len(history) + 1):
+                    logits[row, n - 1] = self.push(history[:n], logits[row, n - 1])
+            else:
+                logits[row, -1] = self.push(history, logits[row, -1])
+        return SimpleNamespace(logits=logits)
+
+
+def bigram_push(tokenizer, strength: float = 9.0):
+    """Favours the pairs of tokens of some well and badly formed turns."""
+    texts = [
+        "<search> capital of Rovana </search>",
+        "<search>Ōtsu</search>\n\n",
+        "<think> people </think>\n<search> Rovana </search>",
+        "<answer> Belmar </answer>",
+        "<answer>Rovan</answer>\n",
+        "I know. </answer>",
+        "nothing here<|im_end|>",
+    ]
+    pairs = {}
+    for text in texts:
+        ids = tokenizer.encode("assistant\n" + text)
+        for left, right in pairwise(ids):
+            pairs.setdefault(left, []).append(right)
+    starts = [tokenizer.encode(text)[0] for text in texts]
+
+    def push(history, logits):
+        likely = pairs.get(history[-1], starts)
+        bias = torch.zeros_like(logits)
+        bias[likely] = strength
+        return logits + bias
+
+    return push
+
+
+def biased_policy(tokenizer, seed: int = 0, push=None) -> Policy:
+    model = BiasedModel(make_model(544, seed), push or bigram_push(tokenizer))
+    return Policy(model.eval(), tokenizer, torch.device("cpu"))
+
+
+def plain_logprobs(policy: Policy, trajectory: Trajectory, temperature: float) -> torch.Tensor:
+    """Log-probabilities of all completion tokens by one forward over the final sequence."""
+    ids = torch.tensor([trajectory.prompt_ids + trajectory.completion_ids])
+    with torch.no_grad():
+        logprobs = (policy.model(input_ids=ids).logits[0] / temperature).log_softmax(-1)
+    start = len(trajectory.prompt_ids)
+    return logprobs[start - 1 : -1].gather(1, ids[0, start:, None])[:, 0]
+
+
+def check_logprobs(policy: Policy, trajectories: list[Trajectory], temperature: float) -> None:
+    for trajectory in trajectories:
+        mask = torch.tensor(trajectory.loss_mask).bool()
+        kept = torch.tensor(trajectory.logprobs)
+        plain = plain_logprobs(policy, trajectory, temperature)
+        assert torch.allclose(kept[mask], plain[mask], atol=1e-5, rtol=0)
+        assert (kept[~mask] == 0).all()
+
+
+@pytest.mark.parametrize(("seed", "temperature"), [(0, 1.0), (1, 0.7), (2, 1.3)])
+def test_logprobs_equal_one_plain_forward(tokenizer, retriever, profile, seed, temperature):
+    profile = profile.model_copy(update={"temperature": temperature, "max_turns": 3, "max_response_tokens": 16})
+    policy = biased_policy(tokenizer, seed)
+    trajectories = rollout(policy, QUESTIONS, retriever, profile, group_size=6, seed=seed)
+    assert len({trajectory.stop_reason for trajectory in trajectories}) >= 2
+    assert {turn.action for t in trajectories for turn in t.turns} == {"search", "answer", "invalid"}
+    assert len({len(trajectory.turns) for trajectory in trajectories}) >= 2
+    check_logprobs(policy, trajectories, temperature)
+
+
+def test_order_and_groups(tokenizer, retriever, profile):
+    trajectories = rollout(biased_policy(tokenizer), QUESTIONS, retriever, profile, group_size=2)
+    assert [t.question.id for t in trajectories] == ["q0", "q0", "q1", "q1", "q2", "q2", "q3", "q3"]
+    assert rollout(biased_policy(tokenizer), [], retriever, profile) == []
+
+
+def test_same_seed_same_result(tokenizer, retriever, profile):
+    policy = biased_policy(tokenizer)
+    runs = [rollout(policy, QUESTIONS, retriever, profile, group_size=2, seed=seed) for seed in (5, 5, 6)]
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+    assert runs[0][0].completion_ids != runs[0][1].completion_ids  # the copies of a question differ
+
+
+def test_greedy_does_not_depend_on_neighbours(tokenizer, retriever, profile):
+    policy = biased_policy(tokenizer, seed=3, push=bigram_push(tokenizer, 1.0))
+    together = rollout(policy, QUESTIONS, retriever, profile, greedy=True, group_size=2)
+    for index, question in enumerate(QUESTIONS):
+        alone = rollout(policy, [question], retriever, profile, greedy=True, seed=9)[0]
+        for other in together[2 * index : 2 * index + 2]:
+            assert (other.completion_ids, other.turns) == (alone.completion_ids, alone.turns)
+            assert other.logprobs == pytest.approx(alone.logprobs, abs=1e-5)
+    check_logprobs(policy, together, 1.0)
+
+
+class Script:
+    """Pushes the next token that a script wants just above all others, so that log-probabilities stay ordinary."""
+
+    def __init__(self) -> None:
+        self.wanted: dict[tuple[int, ...], int] = {}
+
+    def __call__(self, history, logits):
+        if history not in self.wanted:
+            return logits
+        logits = logits.clone()
+        logits[self.wanted[history]] = logits.max() + 0.1
+        return logits
+
+
+def reference(policy: Policy, question, retriever, profile, script: Script, turns: list[list[int]]) -> Trajectory:
+    """One question, greedily, the model saying `turns` (then token 100 for ever), as plainly as it can be written."""
+    tokenizer, ids = policy.tokenizer, []
+    prompt = encode_prompt(tokenizer, question.question, profile.chat_template)
+    mask, logprobs, said, reason = [], [], [], "turns"
+    for turn in range(profile.max_turns + 1):
+        new = []
+        while len(new) < profile.max_response_tokens:
+            history = tuple(prompt + ids + new)
+            script.wanted[history] = turns[turn][len(new)] if turn < len(turns) and len(new) < len(turns[turn]) else 100
+            with torch.no_grad():
+                logits = script(history, policy.model.base(input_ids=torch.tensor([history])).logits[0, -1])
+            new.append(int(logits.argmax()))
+            logprobs.append(float(logits.log_softmax(-1)[new[-1]]))
+            text = tokenizer.decode(new, skip_special_tokens=True)
+            if new[-1] == tokenizer.eos_token_id or "</search>" in text or "</answer>" in text:
+                break
+        ids, mask = ids + new, mask + [1] * len(new)
+        action = parse_action(text)
+        if action.kind == "answer":
+            said.append(Turn(text, "answer"))
+            reason = "answer"
+            break
+        if turn == profile.max_turns:
+            said.append(Turn(text, action.kind))
+            break
+        query, hits, observation = None, (), INVALID_ACTION
+        if action.kind == "search":
+            query, hits = action.content, tuple(retriever.search([action.content], profile.topk)[0])
+            observation = render_observation(hits)
+        chunk = encode_observation(tokenizer, observation, profile.max_observation_tokens)
+        if len(prompt) + len(ids) + len(chunk) + profile.max_response_tokens > profile.max_context_tokens:
+            said.append(Turn(text, action.kind, query, hits))
+            reason = "context"
+            break
+        said.append(Turn(text, action.kind, query, hits, tokenizer.decode(chunk, skip_special_tokens=True)))
+        ids, mask, logprobs = ids + chunk, mask + [0] * len(chunk), logprobs + [0.0] * len(chunk)
+    return Trajectory(
+        question, tuple(prompt), tuple(ids), tuple(mask), tuple(logprobs), tuple(said), reason == "answer", reason
+    )
+
+
+PIECES = [
+    "<search> Rovana </search>",
+    "<search>Ōtsu</search>\n\n",
+    "<search>zzz</search> ",
+    "<answer> Belmar </answer>",
+    "<answer>x</answer>\n\n",
+    "</search>",
+    "</answer>\n",
+    "<think> a > b </think>\n",
+    "<|im_end|>",
+    "<search> never closed",
+    "<information>made up</information>\n\n",
+    "é静",
+]
+TURN = st.one_of(
+    st.sampled_from(PIECES),
+    st.lists(st.sampled_from(PIECES), max_size=3).map("".join),
+    st.lists(st.integers(0, 543), max_size=8),
+)
+BUDGETS = st.fixed_dictionaries(
+    {
+        "max_turns": st.integers(0, 3),
+        "max_response_tokens": st.integers(1, 12),
+        "max_observation_tokens": st.integers(12, 80),
+        "max_context_tokens": st.integers(240, 420),
+        "topk": st.integers(1, 3),
+    }
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(scripts=st.lists(st.lists(TURN, max_size=4), min_size=1, max_size=4), budgets=BUDGETS, seed=st.integers(0, 99))
+def test_equals_the_obvious_implementation(tokenizer, retriever, profile, scripts, budgets, seed):
+    profile = profile.model_copy(update={**budgets, "max_prompt_tokens": 240, "chat_template": False})
+    script = Script()
+    policy = biased_policy(tokenizer, seed, script)
+    questions = QUESTIONS[: len(scripts)]
+    expected = [
+        reference(policy, question, retriever, profile, script, [_ids(tokenizer, turn) for turn in turns])
+        for question, turns in zip(questions, scripts, strict=True)
+    ]
+    for got, wanted in zip(rollout(policy, questions, retriever, profile, greedy=True), expected, strict=True):
+        assert got.logprobs == pytest.approx(wanted.logprobs, abs=1e-5)
+        assert dataclasses.replace(got, logprobs=wanted.logprobs) == wanted
+
+
+def _ids(tokenizer, turn) -> list[int]:
+    return tokenizer.encode(turn) if isinstance(turn, str) else turn
+
+
+def scripted_rollout(tokenizer, retriever, profile, turns: list, question=QUESTIONS[0], **options) -> Trajectory:
+    """What the engine makes of a model that says exactly these turns."""
+    script = Script()
+    policy = biased_policy(tokenizer, 0, script)
+    turns = [_ids(tokenizer, turn) for turn in turns]
+    reference(policy, question, OverlapRetriever(retriever.passages), profile, script, turns)  # fills in the script
+    return rollout(policy, [question], retriever, profile, greedy=True, **options)[0]
+
+
+def test_search_invalid_answer_by_hand(tokenizer, retriever, profile):
+    said = ["<search> capital Rovana </search>", "hm</search>", "<answer> Belmar </answer>"]
+    trajectory = scripted_rollout(tokenizer, retriever, profile, said)
+    first = render_observation(retriever.search(["capital Rovana"], 3)[0])
+    assert [turn.action for turn in trajectory.turns] == ["search", "invalid", "answer"]
+    assert [turn.text for turn in trajectory.turns] == said
+    assert [turn.observation for turn in trajectory.turns] == [first, INVALID_ACTION, ""]
+    assert [turn.query for turn in trajectory.turns] == ["capital Rovana", None, None]
+    written = [tokenizer.encode(text) for text in (said[0], first, said[1], INVALID_ACTION, said[2])]
+    assert list(trajectory.completion_ids) == list(chain(*written))
+    assert list(trajectory.loss_mask) == list(chain(*([1 - i % 2] * len(ids) for i, ids in enumerate(written))))
+    assert (trajectory.finished, trajectory.stop_reason) == (True, "answer")
+    assert tokenizer.decode(trajectory.completion_ids) == trajectory.response
+
+
+def test_the_last_turn_does_not_search(tokenizer, retriever, profile):
+    profile = profile.model_copy(update={"max_turns": 1})
+    trajectory = scripted_rollout(
+        tokenizer, retriever, profile, ["<search>Rovana</search>", "<search> Belmar </search>"]
+    )
+    assert retriever.calls == [["Rovana"]]
+    assert [(turn.action, turn.query) for turn in trajectory.turns] == [("search", "Rovana"), ("search", None)]
+    assert (trajectory.turns[-1].observation, trajectory.stop_reason, trajectory.searches) == ("", "turns", 1)
+    assert trajectory.loss_mask[-1] == 1
+
+
+def test_no_hits_make_an_empty_block_and_few_are_shown(tokenizer, retriever, profile):
+    trajectory = scripted_rollout(tokenizer, retriever, profile, ["<search>zzz</search>", "<search>speak</search>"])
+    assert trajectory.turns[0].observation == "\n\n<information></information>\n\n"
+    assert trajectory.turns[0].hits == ()
+    assert [hit.passage.id for hit in trajectory.turns[1].hits] == ["2"]  # one hit where three were asked for
+    assert trajectory.searches == len([turn for turn in trajectory.turns if turn.query is not None])
+
+
+@pytest.mark.parametrize("tail", ["", "\n\n", "\n", " "])
+def test_tags_whose_end_merges_with_what_follows(tokenizer, retriever, profile, tail):
+    said = tokenizer.encode("<search>Rovana</search>" + tail)
+    overhang = tokenizer.decode(said[-1:])
+    trajectory = scripted_rollout(tokenizer, retriever, profile, [[*said, 100, 100, 100]])
+    cut = said if tail != " " else said[:-1]  # a space is a token of its own: the turn ends before it
+    assert list(trajectory.completion_ids[: len(cut)]) == cut
+    assert trajectory.loss_mask[: len(cut) + 1] == (1,) * len(cut) + (0,)
+    assert trajectory.turns[0].action == "search"
+    if tail == "\n\n":
+        assert overhang == ">\n\n"  # otherwise this tokenizer tests nothing
+        assert trajectory.turns[0].text.endswith("</search>\n\n")
+
+
+def test_end_token_stays_and_counts_as_written(tokenizer, retriever, profile):
+    end = tokenizer.eos_token_id
+    trajectory = scripted_rollout(tokenizer, retriever, profile, [[100, 101, end, 102]])
+    assert trajectory.completion_ids[:3] == (100, 101, end)
+    assert trajectory.loss_mask[:4] == (1, 1, 1, 0)
+    assert trajectory.logprobs[2] < 0
+    assert trajectory.turns[0].observation == INVALID_ACTION
+
+
+def test_long_observation_keeps_its_closing_tag(tokenizer, retriever, profile):
+    profile = profile.model_copy(update={"max_observation_tokens": 20})
+    trajectory = scripted_rollout(tokenizer, retriever, profile, ["<search>Rovana</search>"])
+    assert trajectory.turns[0].observation.endswith("</information>\n\n")
+    shown = trajectory.loss_mask[len(tokenizer.encode("<search>Rovana</search>")) :].index(1)
+    assert shown == 20
+
+
+def test_context_ends_a_row_before_it_overflows(tokenizer, retriever, profile):
+    question, said = QUESTIONS[0], "<search>Rovana</search>"
+    hits = retriever.search(["Rovana"], profile.topk)[0]
+    parts = [
+        len(encode_prompt(tokenizer, question.question, False)),
+        len(tokenizer.encode(said)),
+        len(tokenizer.encode(render_observation(hits))),
+        profile.max_response_tokens,
+    ]
+    fits = profile.model_copy(update={"max_context_tokens": sum(parts)})
+    assert len(scripted_rollout(tokenizer, retriever, fits, [said]).turns) == 2
+    tight = profile.model_copy(update={"max_context_tokens": sum(parts) - 1})
+    trajectory = scripted_rollout(tokenizer, retriever, tight, [said])
+    assert trajectory.turns == (Turn(said, "search", "Rovana", tuple(hits)),)
+    assert (trajectory.stop_reason, trajectory.finished) == ("context", False)
+    assert len(trajectory.completion_ids) == parts[1]
+
+
+def test_the_models_own_context_counts_too(tokenizer, retriever, profile):
+    policy = biased_policy(tokenizer)
+    policy.model.config.max_position_embeddings = 300
+    trajectories = rollout(policy, QUESTIONS, retriever, profile, group_size=2)
+    assert "context" in {trajectory.stop_reason for trajectory in trajectories}
+    assert max(len(t.prompt_ids) + len(t.completion_ids) for t in trajectories) <= 300
+
+
+def test_prompt_too_long_names_the_question(policy, retriever, profile):
+    questions = [QUESTIONS[0], Question("far-too-long", "why " * 900, ("x",))]
+    with pytest.raises(PromptTooLongError, match=r"far-too-long.*max_prompt_tokens = 1000"):
+        rollout(policy, questions, retriever, profile)
+
+
+class Broken:
+    def __init__(self, answer) -> None:
+        self.answer = answer
+
+    def search(self, queries, k):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (ConnectionError("index is gone"), "1 queries .'Rovana'.: index is gone"),
+        ([], "0 lists of hits for 1 queries .'Rovana'"),
+        ([[], []], "2 lists of hits for 1 queries"),
+        ([["a", "b", "c", "d"]], "4 hits for 'Rovana' where 3"),
+    ],
+)
+def test_a_broken_retriever_is_one_clear_error(tokenizer, retriever, profile, answer, message):
+    script = Script()
+    policy = biased_policy(tokenizer, 0, script)
+    policy.model.train()
+    reference(policy, QUESTIONS[0], retriever, profile, script, [tokenizer.encode("<search>Rovana</search>")])
+    with pytest.raises(RetrievalError, match=message) as caught:
+        rollout(policy, QUESTIONS[:1], Broken(answer), profile, greedy=True)
+    assert caught.value.__cause__ is (answer if isinstance(answer, Exception) else None)
+    assert policy.model.training  # restored after an error, too
+
+
+def test_all_searches_of_a_turn_are_one_call(tokenizer, retriever, profile):
+    script = Script()
+    policy = biased_policy(tokenizer, 0, script)
+    quiet = OverlapRetriever(retriever.passages)
+    for question, query in zip(QUESTIONS[:3], ["a", "bc", "d e"], strict=True):
+        turns = [tokenizer.encode(f"<search>{query}</search>"), tokenizer.encode("<answer>x</answer>")]
+        reference(policy, question, quiet, profile, script, turns)
+    rollout(policy, QUESTIONS[:3], retriever, profile, greedy=True)
+    assert retriever.calls == [["a", "bc", "d e"]]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_is_restored_and_checkpointing_does_no_harm(policy, retriever, profile, training):
+    expected = rollout(policy, QUESTIONS, retriever, profile, seed=1)
+    policy.model.gradient_checkpointing_enable()
+    policy.model.train(training)
+    assert rollout(policy, QUESTIONS, retriever, profile, seed=1) == expected
+    assert policy.model.training is training
