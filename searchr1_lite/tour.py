@@ -65,6 +65,7 @@ def run_notebook(source: Path, out: Path, parameters: Mapping[str, object]) -> f
         cwd=NOTEBOOKS,
         progress_bar=False,
         stdout_file=status,
+        extra_arguments=["--IPKernelApp.log_level=ERROR"],
     )
     return status.close()
 

@@ -13,7 +13,7 @@ from synthetic_runs import trajectory_row, write_run
 
 matplotlib.use("Agg")
 
-from searchr1_lite.analysis import figures, summary, viewer
+from searchr1_lite.analysis import figures, reading, summary, viewer
 from searchr1_lite.analysis.runs import RunError, before_and_after, by_mask, load_run, load_runs
 
 
@@ -167,6 +167,43 @@ def test_a_panel_for_each_hop_count_with_the_ideal_or_one_for_all_where_hops_are
     without = load_run(write_run(tmp_path / "without", hops=()))
     figure = figures.curves_by_hops(by_mask([without]), "searches", "searches", ideal=True)
     assert [axes.get_title() for axes in figure.axes] == ["all questions"]
+
+
+def test_every_point_lies_inside_its_panel(runs):
+    groups = by_mask(runs)
+    drawn = [figures.learning_curves(groups), figures.single_curve(groups, "response_length", "tokens")]
+    drawn += [figures.curves_by_hops(groups, "searches", "searches", ideal=True)]
+    for axes in (axes for figure in drawn for axes in figure.axes):
+        low, high = axes.get_ylim()
+        assert low == 0
+        assert max(max(line.get_ydata()) for line in axes.lines) <= high
+
+
+def test_sentences_give_the_ends_of_runs_and_their_intervals(runs, tmp_path):
+    groups = by_mask(runs)
+    assert reading.ends(runs[0], "reward") == pytest.approx((0.2, 0.5))  # six steps 0.1 to 0.6: three and three
+    text = reading.from_to({"masked": [runs[0]]}, "reward")
+    assert text == "masked, 1 run: from 0.20 to 0.50"
+    # Ends of three seeds 0.5, 0.6, 0.7: mean 0.6, half width 4.303 x 0.1 / sqrt(3) = 0.248.
+    assert reading.from_to(groups, "reward").splitlines()[0].endswith("to 0.60 (0.35 to 0.85)")
+    assert reading.with_interval([0.8, 0.9, 1.0], top=1) == "0.90 (0.65 to 1.00)"
+    longer = load_run(write_run(tmp_path / "longer", steps=12))
+    assert reading.ends(longer, "reward") == pytest.approx((0.3, 1.0))  # steps 1 to 5, and 8 to 12
+
+
+def test_what_was_reached_and_lost_again_is_seen(tmp_path):
+    folder = write_run(tmp_path / "one")
+    rewards = [0.1, 0.5, 0.6, 0.7, 0.2, 0.0]
+    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "reward": {r}}}\n' for n, r in enumerate(rewards)))
+    assert reading.best(load_run(folder), "reward") == pytest.approx(0.6)
+
+
+def test_a_comparison_claims_no_more_than_the_intervals(runs):
+    apart = reading.compare({"masked": [0.90, 0.91, 0.92], "unmasked": [0.3, 0.4, 0.2]}, "x")
+    assert apart == "Masked minus unmasked, x: +0.61. The 95 % intervals over seeds do not touch."
+    assert reading.compare({"masked": [0.9, 0.5], "unmasked": [0.3, 0.4]}, "x").endswith("overlap.")
+    assert "chance cannot be told" in reading.compare({"masked": [0.9], "unmasked": [0.3]}, "x")
+    assert "nothing to compare" in reading.compare({"masked": [0.9, 0.8]}, "x")
 
 
 def test_the_picture_command_makes_the_same_file_twice(runs, tmp_path, capsys):

@@ -53,7 +53,7 @@ def draw_curves(axes: Axes, groups: Groups, column: str, bounds: tuple[float, fl
         style, curve = STYLES[label], over_seeds(runs, column)
         if len(runs) > 1:
             for run in runs:
-                axes.plot(run.metrics[column].astype(float), color=style["color"], alpha=0.35, linewidth=0.7)
+                axes.plot(run.metrics[column].astype(float), color=style["color"], alpha=0.5, linewidth=0.9)
             low, high = curve["low"].clip(*bounds), curve["high"].clip(*bounds)
             axes.fill_between(curve.index, low, high, color=style["color"], alpha=0.15, linewidth=0)
         name = f"{label} ({len(runs)} {'run' if len(runs) == 1 else 'seeds'})"
@@ -61,13 +61,13 @@ def draw_curves(axes: Axes, groups: Groups, column: str, bounds: tuple[float, fl
         axes.plot(curve["mean"], label=name, linewidth=2.2, markersize=5, markevery=every, **style)
     axes.set_xlabel("training step")
     axes.grid(alpha=0.25)
-    axes.set_ylim(*bounds)
 
 
 def learning_curves(groups: Groups) -> Figure:
     """Mean reward of the rollouts of each step: the README's picture."""
     figure, axes = plt.subplots(figsize=(7, 4), dpi=DPI, layout="constrained")
     draw_curves(axes, groups, "reward", (0, 1))
+    axes.set_ylim(0, 1)
     axes.set_ylabel("mean reward of the step's rollouts")
     axes.set_title("Learning to search, with and without the retrieved-token mask" if len(groups) > 1 else "Learning")
     axes.legend(loc="best", frameon=False)
@@ -92,6 +92,7 @@ def curves_by_hops(groups: Groups, column: str, label: str, *, top: float | None
         axes.set_title(f"{hop}-hop questions")
         if ideal:
             axes.axhline(int(hop), label="ideal", **IDEAL)
+    panels[0][0].set_ylim(0, top)  # last: an axis limit ends autoscaling, and the panels share theirs
     panels[0][0].set_ylabel(label)
     panels[0][-1].legend(loc="best", frameon=False, fontsize="small")
     return figure
@@ -101,6 +102,7 @@ def single_curve(groups: Groups, column: str, label: str) -> Figure:
     """One value of every step, e.g. response length in tokens."""
     figure, axes = plt.subplots(figsize=(6, 3.2), dpi=DPI, layout="constrained")
     draw_curves(axes, groups, column)
+    axes.set_ylim(bottom=0)
     axes.set_ylabel(label)
     axes.legend(loc="best", frameon=False)
     return figure

@@ -1,0 +1,98 @@
+"""What every notebook must be: executed top to bottom, small, run by parameters, and the same code as the package."""
+
+import ast
+import logging
+import re
+from functools import cache
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from searchr1_lite.config import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+FIRST_FOUR = ["01_corpus_indexing", "02_rollout_with_search", "03_masked_grpo_lora", "04_length_and_search_analysis"]
+BUILDS_FUNCTIONS = FIRST_FOUR[:3]
+
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def code_cells(path: Path) -> list:
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+def definitions(source: str) -> dict[str, str]:
+    """Top-level functions and classes as a dump that ignores layout, comments and where they stand."""
+    kinds = ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef
+    return {node.name: ast.dump(node) for node in ast.parse(source).body if isinstance(node, kinds)}
+
+
+@cache
+def package_definitions() -> dict[str, set[str]]:
+    found: dict[str, set[str]] = {}
+    for path in (ROOT / "searchr1_lite").rglob("*.py"):
+        for name, dump in definitions(path.read_text(encoding="utf-8")).items():
+            found.setdefault(name, set()).add(dump)
+    return found
+
+
+def test_the_four_notebooks_are_there():
+    assert {path.stem for path in NOTEBOOKS} >= set(FIRST_FOUR)
+
+
+@each_notebook
+def test_it_is_executed_top_to_bottom_without_error(path):
+    cells = [cell for cell in code_cells(path) if cell.source.strip()]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert [output for cell in cells for output in cell.outputs if output.output_type == "error"] == []
+
+
+@each_notebook
+def test_it_is_small_and_holds_nothing_that_breaks_its_display(path):
+    assert path.stat().st_size < 300_000
+    metadata = nbformat.read(path, as_version=4).metadata
+    assert metadata.kernelspec.name == "python3"
+    assert "widgets" not in metadata and "papermill" not in metadata
+    assert max(len(cell.source.splitlines()) for cell in code_cells(path)) <= 60
+
+
+@each_notebook
+def test_no_cell_is_kept_from_being_tested(path):
+    for cell in code_cells(path):
+        marks = re.findall(r"^#\s*(NBVAL_\w+)", cell.source, re.MULTILINE)
+        assert set(marks) <= {"NBVAL_CHECK_OUTPUT", "NBVAL_IGNORE_OUTPUT"}
+        assert not {"nbval-skip", "raises-exception", "skip-execution"} & set(cell.metadata.get("tags", []))
+
+
+@each_notebook
+def test_chosen_outputs_are_checked(path):
+    marked = [cell for cell in code_cells(path) if "# NBVAL_CHECK_OUTPUT" in cell.source.splitlines()]
+    assert marked
+    assert all(cell.outputs for cell in marked), "a checked cell without output checks nothing"
+
+
+@each_notebook
+def test_its_parameters_are_ones_that_papermill_reads(path, caplog):
+    tagged = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    assigned = [
+        node.targets[0].id if isinstance(node, ast.Assign) else node.target.id
+        for node in ast.parse(tagged[0].source).body
+        if isinstance(node, ast.Assign | ast.AnnAssign)
+    ]
+    with caplog.at_level(logging.WARNING):
+        seen = papermill.inspect_notebook(path)
+    assert list(seen) == assigned != []
+    assert all(parameter["help"] for parameter in seen.values()), "every parameter has a comment that says what it is"
+
+
+@each_notebook
+def test_what_it_defines_is_what_the_package_defines(path):
+    source = "\n\n".join(cell.source for cell in code_cells(path))
+    shared = {name: dump for name, dump in definitions(source).items() if name in package_definitions()}
+    drifted = [name for name, dump in shared.items() if dump not in package_definitions()[name]]
+    assert drifted == []
+    if path.stem in BUILDS_FUNCTIONS:
+        assert shared, "no core function of the package is built here"

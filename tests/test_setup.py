@@ -1,0 +1,103 @@
+"""What a newcomer installs: versions written down once, everywhere the same, and really those that run here."""
+
+import os
+import re
+import subprocess
+import tomllib
+from importlib.metadata import distributions
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from searchr1_lite.config import ROOT, load_profile, profile_names
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+CHOSEN = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+
+
+def constraints() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pins = dict(line.split("==") for line in lines)
+    assert len(pins) == len(lines), "a package is named twice"
+    return {canonicalize_name(name): pin for name, pin in pins.items()}
+
+
+def test_every_chosen_version_is_exact_and_that_of_the_constraints():
+    for requirement in CHOSEN:
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "==", requirement
+        assert constraints()[canonicalize_name(requirement.name)] == specifier.version, requirement
+
+
+def test_the_versions_installed_are_the_pinned_ones():
+    """Of the constraints, other systems may lack a few; the chosen packages must all be there."""
+    installed = {canonicalize_name(one.name): one.version.split("+")[0] for one in distributions()}
+    wrong = {
+        name: installed[name] for name, pin in constraints().items() if name in installed and installed[name] != pin
+    }
+    assert wrong == {}
+    assert {canonicalize_name(requirement.name) for requirement in CHOSEN} <= set(installed)
+
+
+def test_conda_installs_from_the_same_files():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    python, pip, packages = environment["dependencies"]
+    assert pip == "pip"
+    assert packages == {"pip": ["--constraint constraints.txt", "--editable .[dev]"]}
+    least = tuple(map(int, re.fullmatch(r">=(\d+)\.(\d+)", PROJECT["requires-python"]).groups()))
+    assert tuple(map(int, python.removeprefix("python=").split("."))) >= least
+
+
+def test_make_installs_from_the_same_files_and_torch_first():
+    installs = [
+        line for line in (ROOT / "Makefile").read_text().splitlines() if "pip install" in line and "$(PY)" in line
+    ]
+    assert [line.rsplit("--constraint ", 1)[1] for line in installs] == [
+        "constraints.txt torch",
+        "constraints.txt --editable '.[dev]'",
+    ]
+
+
+def test_the_environment_is_made_again_when_a_version_changes():
+    rule = re.search(r"^\$\(READY\): (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(rule[1].split()) == {"pyproject.toml", "constraints.txt"}
+
+
+def test_ci_runs_what_a_reader_runs():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().strip().endswith("make test")
+
+
+def test_every_profile_loads():
+    assert "tiny" in profile_names()
+    for name in profile_names():
+        assert load_profile(name).name == name
+
+
+def committed_files() -> list[Path]:
+    result = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip("not a git checkout")
+    return [ROOT / name for name in result.stdout.split("\0") if name and (ROOT / name).exists()]
+
+
+def test_no_committed_file_names_a_folder_of_one_machine():
+    folders = [str(ROOT.parent) + "/", str(Path.home()) + "/"]
+    patterns = [re.escape(folder).encode() for folder in folders if len(folder) > 2]
+    pattern = re.compile(rb"/(?:home|Users)/\w+/|" + b"|".join(patterns))
+    found = {
+        str(path.relative_to(ROOT)): match[0]
+        for path in committed_files()
+        if (match := pattern.search(path.read_bytes()))
+    }
+    assert {name: text for name, text in found.items() if name != "tests/test_setup.py"} == {}
+
+
+def test_no_committed_file_is_large():
+    sizes = {str(path.relative_to(ROOT)): path.stat().st_size for path in committed_files()}
+    large = {name: size for name, size in sizes.items() if size > 3_000_000 and not name.endswith(".safetensors")}
+    assert large == {}
