@@ -15,7 +15,7 @@ def write_run(
     save_config(load_profile("tiny", masked=masked, seed=seed, steps=steps), folder / "config.yaml")
     environment = {
         "date": f"2026-01-0{seed + 1}T00:00:00+00:00",
-        "machine": "a processor, 2 cores",
+        "machine": {"cpu": "a processor", "cores": 2, "gpu": None, "system": "Linux"},
         "versions": {"python": "3.11", "torch": "2.13.0"},
         "command": "train",
         "quantization": "nf4",

@@ -54,7 +54,7 @@ def summarise_runs(runs: Sequence[Run], command: str) -> dict[str, Any]:
     }
 
 
-def write_json(value: Any, path: Path) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         summary = summarise_runs([load_run(folder) for folder in given.folders if folder.is_dir()], command)
     except RunError as error:
         sys.exit(f"error: {error}")
-    write_json(summary, given.out)
+    write_json(given.out, summary)
     print(f"{given.out}: {len(summary['runs'])} runs")
 
 
