@@ -1,9 +1,11 @@
 """What is read off a trajectory."""
 
+import json
+
 import pytest
 
-from searchr1_lite.rollout.trajectory import Trajectory, Turn
-from searchr1_lite.types import Question
+from searchr1_lite.rollout.trajectory import Trajectory, Turn, trajectory_to_row
+from searchr1_lite.types import Hit, Passage, Question
 
 QUESTION = Question("q7", "Who?", ("she",))
 
@@ -40,3 +42,28 @@ def test_what_is_counted():
 def test_unequal_lengths_are_refused(field):
     with pytest.raises(ValueError, match="question q7: completion_ids, loss_mask and logprobs must be equally long"):
         make(**{field: (1, 0)})
+
+
+def test_row_is_plain_json_with_extras_first():
+    hit = Hit(Passage("p9", "Ōtsu", "a city"), 1.5)
+    turns = (Turn("<search>Ōtsu</search>", "search", "Ōtsu", (hit,), "[Ōtsu]"), Turn("<answer>she</answer>", "answer"))
+    question = Question("q7", "Who?", ("she",), {"hops": 1})
+    trajectory = make(question=question, turns=turns, finished=True, stop_reason="answer")
+    row = trajectory_to_row(trajectory, step=3, phase="train")
+    assert json.loads(json.dumps(row)) == row
+    assert list(row)[:2] == ["step", "phase"]
+    assert row["question"] == {
+        "id": "q7",
+        "question": "Who?",
+        "golden_answers": ["she"],
+        "metadata": {"hops": 1},
+    }
+    assert (row["searches"], row["finished"], row["stop_reason"], row["response_length"]) == (1, True, "answer", 3)
+    assert row["turns"][0] == {
+        "text": "<search>Ōtsu</search>",
+        "action": "search",
+        "query": "Ōtsu",
+        "observation": "[Ōtsu]",
+        "hit_ids": ["p9"],
+    }
+    assert row["turns"][1]["query"] is None
