@@ -2,6 +2,9 @@
 # make test   unit and property tests, every notebook, style
 # make lab    JupyterLab
 #
+# make saved    run the notebooks in place, as they are committed
+# make results  sum up and draw the runs of data/results/runs
+#
 # PYTHON=python3.12       another Python (3.11 or later)
 # PIP_ARGS="..."          more arguments for every pip install, e.g. an index or a proxy of yours
 # TORCH_INDEX=            on Linux without an NVIDIA card: take PyPI's torch (with CUDA) instead of PyTorch's CPU build
@@ -13,7 +16,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 NOTEBOOK_SECONDS ?= 600
 
-.PHONY: tour test lab style notebooks constraints
+.PHONY: tour test lab style notebooks saved results constraints
 .DELETE_ON_ERROR:
 
 tour: $(READY)
@@ -33,6 +36,14 @@ style: $(READY)
 
 lab: $(READY)
 	$(PY) -m jupyter lab notebooks
+
+saved: $(READY)
+	$(PY) -m jupyter execute --inplace notebooks/*.ipynb
+	$(PY) -m nbstripout --keep-output --keep-count notebooks/*.ipynb
+
+results: $(READY)
+	$(PY) -m searchr1_lite.analysis.summary data/results/runs/* --out data/results/summary.json
+	$(PY) -m searchr1_lite.analysis.figures --runs data/results/runs --out data/results/masked_vs_unmasked.png
 
 # On Linux, PyPI's torch brings several GB of CUDA: without an NVIDIA card, PyTorch's own index of CPU builds is asked
 # too, where it can be reached. Other systems get a CPU build from PyPI.
