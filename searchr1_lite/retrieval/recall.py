@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +28,9 @@ def supporting_ids(question: Question) -> list[str]:
     return [str(key) for key in ids]
 
 
-def recall(found: Sequence[str], needed: Iterable[str], k: int) -> float:
+def recall(found: list[str], needed: list[str], k: int) -> float:
     """The share of the `needed` passages that are among the first `k` of those `found`."""
-    needed = set(needed)
-    return len(needed & set(found[:k])) / len(needed)
+    return len(set(needed) & set(found[:k])) / len(set(needed))
 
 
 def recall_per_question(
