@@ -133,9 +133,7 @@ def loss_on(model: Qwen2ForCausalLM, ids: torch.Tensor, learned: torch.Tensor) -
 
 
 @torch.no_grad()
-def reading_skill(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, questions: int = 150
-) -> float:
+def reading_skill(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, facts: int = 150) -> float:
     """Share of facts stated right, greedily, with the passages found for them just above, on names never trained on."""
     world = ToyWorld(seed, 40, names="world")
     writer = Writer(world, BM25Retriever.build(world.passages()), TOPK, random.Random(seed))
