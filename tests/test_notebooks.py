@@ -9,6 +9,7 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+from synthetic_runs import write_run
 
 from searchr1_lite.config import ROOT
 
@@ -96,3 +97,14 @@ def test_what_it_defines_is_what_the_package_defines(path):
     assert drifted == []
     if path.stem in BUILDS_FUNCTIONS:
         assert shared, "no core function of the package is built here"
+
+
+def test_the_analysis_reads_one_run_over_questions_without_hops(tmp_path):
+    write_run(tmp_path / "one", hops=(), steps=3)
+    source, out = ROOT / "notebooks" / "04_length_and_search_analysis.ipynb", tmp_path / "out.ipynb"
+    parameters = {"runs": str(tmp_path / "one")}
+    papermill.execute_notebook(source, out, parameters, kernel_name="python3", progress_bar=False)
+    printed = "".join(output.get("text", "") for cell in code_cells(out) for output in cell.outputs)
+    assert "one: masked, seed 0, 3 steps\ntorch in memory: False" in printed
+    assert "masked, 1 run: from 0.10 to 0.30" in printed
+    assert "there is nothing to compare" in printed
