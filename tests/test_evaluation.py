@@ -63,7 +63,7 @@ def test_the_interval_is_wilsons(counts):
     assert -1e-12 <= low <= share <= high + 1e-12
 
 
-@pytest.mark.parametrize(("correct", "total"), [(1, 0), (3, 2), (-1, 2)])
+@pytest.mark.parametrize(("correct", "total"), [(0, 0), (3, 2), (-1, 2)])
 def test_an_impossible_share_is_an_error(correct, total):
     with pytest.raises(ValueError, match="is no share"):
         share_interval(correct, total)
