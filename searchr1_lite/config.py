@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 
 
 class Profile(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str
 
@@ -133,8 +133,17 @@ def _one_message(name: str, error: ValidationError) -> str:
         elif not problem["loc"]:
             lines.append(f"- {problem['msg'].removeprefix('Value error, ')}")
         else:
-            lines.append(f"- {where}: {problem['msg']}, got {problem['input']!r}")
+            lines.append(f"- {where}: {problem['msg']}, got {problem['input']!r}{_number_hint(problem['input'])}")
     return "\n".join(lines)
+
+
+def _number_hint(value: Any) -> str:
+    """YAML reads 1e-5, without a point, as text."""
+    try:
+        float(value if isinstance(value, str) else "")
+    except ValueError:
+        return ""
+    return ", which is text; a number needs no quotes, and YAML wants a point in it (1.0e-5)"
 
 
 def _closest(key: str) -> str:

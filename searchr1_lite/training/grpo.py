@@ -40,6 +40,7 @@ from searchr1_lite.training import checkpoints
 from searchr1_lite.training.rewards import exact_match, trajectory_reward
 from searchr1_lite.types import Question, Retriever
 
+ROWS_TOGETHER = 8  # trajectories of like length in one forward, at most
 EVALUATION_SAMPLES = 24  # trajectories kept of each evaluation, of the same questions before and after
 
 
@@ -80,7 +81,9 @@ def train(
         progress(f"{run_folder.name}: going on after step {_step_of(checkpoint, profile)}")
     trainer = build_trainer(profile, run_folder, policy, order, retriever, progress)
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trained = replace(policy, model=trainer.model.eval())
         save_adapter(trainer.model, profile, run_folder / "adapter")
         evaluate_after(run_folder, trained, eval_questions, retriever, profile, progress)
@@ -190,37 +193,34 @@ def trl_config(profile: Profile, run_folder: Path, device: torch.device) -> GRPO
 
 
 class MaskedGRPOTrainer(GRPOTrainer):
-    """TRL's trainer, without padding that no row of a micro-batch needs and without model cards."""
+    """TRL's trainer, without padding that nobody needs and without model cards."""
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options
     ):
-        """TRL pads every micro-batch to the longest row of the step; only columns in use are computed here.
+        """TRL pads every row to the longest of the step; here only what is in use is computed.
 
-        Rows are independent of each other, so where several chunks are asked for (reference, old log-probabilities)
-        rows of like length go together. Padding comes back as zeros, which the masks take out.
+        Rows are independent of each other, so a few of like length go together and columns that none of them needs
+        are left out. The micro-batch, over which the loss is a mean, stays as it is. Left-out places come back as
+        zeros, which the masks take out.
         """
-        rows = torch.arange(len(input_ids), device=input_ids.device)
-        if batch_size and batch_size < len(rows):
-            rows = attention_mask.sum(dim=1).argsort(stable=True)
-        outputs = (input_ids.new_zeros((len(rows), logits_to_keep), dtype=torch.float32), None, None)
+        order = attention_mask.sum(dim=1).argsort(stable=True)
         scored = []
-        for chunk in rows.split(batch_size or len(rows)):
-            used = attention_mask[chunk].any(dim=0).nonzero()
+        for rows in order.split(min(batch_size or len(order), ROWS_TOGETHER)):
+            used = attention_mask[rows].any(dim=0).nonzero()
             first, last = int(used[0]), int(used[-1]) + 1
             unused = input_ids.size(1) - last
-            columns = slice(first, last)
-            outputs = super()._get_per_token_logps_and_entropies(
+            logps, entropies, _ = super()._get_per_token_logps_and_entropies(
                 model,
-                input_ids[chunk, columns],
-                attention_mask[chunk, columns],
+                input_ids[rows, first:last],
+                attention_mask[rows, first:last],
                 logits_to_keep - unused,
                 **options,
             )
-            scored.append([None if x is None else torch.nn.functional.pad(x, (0, unused)) for x in outputs[:2]])
-        back = rows.argsort()
+            scored.append([None if x is None else torch.nn.functional.pad(x, (0, unused)) for x in (logps, entropies)])
+        back = order.argsort()
         logps, entropies = (None if x[0] is None else torch.cat(x)[back] for x in zip(*scored, strict=True))
-        return logps, entropies, outputs[2]
+        return logps, entropies, None
 
     def create_model_card(self, *arguments, **options) -> None:
         """Checkpoints here are for going on, not for publishing."""

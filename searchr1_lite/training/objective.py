@@ -14,8 +14,8 @@ from torch import Tensor
 def group_advantages(rewards: Tensor, group_size: int) -> Tensor:
     """How much better each rollout did than its group, in standard deviations. (rollouts,) -> (rollouts,)
 
-    Rollouts of one question stand next to each other. The deviation is the unbiased one (ddof 1); 1e-4 keeps a group
-    of equal rewards at exactly 0 instead of 0/0.
+    Rollouts of one question stand next to each other. The deviation is the unbiased one (ddof 1); 1e-4 makes a group
+    of equal rewards 0 (up to rounding) instead of 0/0.
     """
     if rewards.numel() % group_size:
         raise ValueError(f"{rewards.numel()} rewards do not make whole groups of {group_size}")

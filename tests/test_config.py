@@ -1,0 +1,84 @@
+"""Profiles: every one loads, and what cannot work is one clear error."""
+
+from pathlib import Path
+
+import pytest
+
+from searchr1_lite.config import PROFILES, ROOT, ConfigError, load_profile, profile_names, resolve_path, save_config
+
+
+@pytest.mark.parametrize("name", profile_names())
+def test_every_profile_loads_under_its_own_name(name):
+    assert load_profile(name).name == name
+
+
+def test_there_is_the_tiny_run_and_the_real_one():
+    assert profile_names() == ["qwen2.5-3b-4bit", "tiny"]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"learning_rat": 1.0}, "learning_rat: there is no such setting; did you mean learning_rate?"),
+        ({"steps": "many"}, "steps: .*valid integer.*'many'"),
+        ({"steps": 2.5}, "steps: .*2.5"),
+        ({"steps": 0}, "steps: .*greater than 0"),
+        ({"group_size": 1}, "group_size: .*greater than or equal to 2"),
+        ({"quantization": "int8"}, "quantization: .*'none' or 'nf4'"),
+        ({"temperature": 0}, "temperature: .*greater than 0"),
+        ({"lora_dropout": 1.5}, "lora_dropout: .*less than or equal to 1"),
+        ({"masked": "perhaps"}, "masked: .*'perhaps'"),
+        ({"questions_per_step": 5, "group_size": 5, "micro_batch_size": 4}, "questions_per_step x group_size = 25"),
+        ({"max_context_tokens": 100}, "max_context_tokens = 100 leaves no room"),
+    ],
+)
+def test_what_cannot_work_is_refused(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_profile("tiny", **override)
+
+
+def test_all_faults_are_in_one_message():
+    with pytest.raises(ConfigError) as raised:
+        load_profile("tiny", steps=0, beta=-1.0, no_such=1)
+    assert all(name in str(raised.value) for name in ("steps", "beta", "no_such"))
+
+
+def test_a_number_that_yaml_reads_as_text_is_refused(tmp_path):
+    text = (PROFILES / "tiny.yaml").read_text(encoding="utf-8")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace("learning_rate: 0.003", "learning_rate: 1e-5"), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"learning_rate: .*'1e-5', which is text; .* \(1\.0e-5\)"):
+        load_profile(path)
+    path.write_text(text.replace("learning_rate: 0.003", "learning_rate: 1.0e-5"), encoding="utf-8")
+    assert load_profile(path).learning_rate == 1e-5
+    with pytest.raises(ConfigError, match="steps"):
+        load_profile("tiny", steps="5")
+    with pytest.raises(ConfigError, match="masked"):
+        load_profile("tiny", masked="false")  # papermill's -p masked false
+    assert load_profile("tiny", learning_rate=1).learning_rate == 1.0
+
+
+def test_a_missing_setting_and_a_missing_profile(tmp_path):
+    path = tmp_path / "short.yaml"
+    path.write_text("name: short\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="model: is missing"):
+        load_profile(path)
+    with pytest.raises(ConfigError, match=r"no profile 'huge'; there are .*tiny"):
+        load_profile("huge")
+    path.write_text("- a list\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="mapping of settings"):
+        load_profile(path)
+
+
+def test_none_overrides_nothing_and_a_saved_profile_loads_again(tmp_path):
+    profile = load_profile("tiny", steps=3, seed=None)
+    assert (profile.steps, profile.seed) == (3, 0)
+    save_config(profile, tmp_path / "config.yaml")
+    assert load_profile(tmp_path / "config.yaml") == profile
+
+
+def test_a_relative_path_is_found_from_the_project_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resolve_path("pyproject.toml") == Path(ROOT) / "pyproject.toml"
+    (tmp_path / "here.jsonl").touch()
+    assert resolve_path("here.jsonl") == Path("here.jsonl")
