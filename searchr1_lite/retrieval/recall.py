@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -68,18 +68,18 @@ def measure(name: str, retriever: Retriever, questions: list[Question], seconds_
     return {"retriever": name, **figures, "seconds_index": round(seconds_index, 2), "seconds_search": round(seconds, 2)}
 
 
-def _measure_all(passages: list[Passage], questions: list[Question], encoder_name: str) -> list[dict]:
+def _measure_all(passages: list[Passage], questions: list[Question], encoder_name: str) -> Iterator[dict]:
     from searchr1_lite.retrieval.dense import DenseRetriever
     from searchr1_lite.retrieval.encoders import load_encoder
     from searchr1_lite.retrieval.sparse import BM25Retriever
 
     start = time.perf_counter()
     bm25 = BM25Retriever.build(passages)
-    rows = [measure("bm25", bm25, questions, time.perf_counter() - start)]
+    yield measure("bm25", bm25, questions, time.perf_counter() - start)
     encoder = load_encoder(encoder_name)
     start = time.perf_counter()
     dense = DenseRetriever.build(passages, encoder)
-    return [*rows, measure(f"dense, {encoder_name}", dense, questions, time.perf_counter() - start)]
+    yield measure(f"dense, {encoder_name}", dense, questions, time.perf_counter() - start)
 
 
 def _relative(path: str) -> str:
@@ -114,11 +114,13 @@ def main() -> None:
         f"--out {_relative(args.out)}",
         "corpus": {"passages": len(passages), "checksum": corpus_checksum(passages)},
         "questions": len(questions),
-        "results": _measure_all(passages, questions, args.encoder),
+        "results": [],
     }
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for row in _measure_all(passages, questions, args.encoder):  # encoding may take an hour: keep what is measured
+        record["results"].append(row)
+        out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
