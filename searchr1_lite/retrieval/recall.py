@@ -8,7 +8,6 @@ import argparse
 import json
 import os
 import platform
-import time
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -59,13 +58,10 @@ def check_supporting(questions: list[Question], passages: list[Passage]) -> None
             raise ValueError(f"question {question.id!r} needs passages that the corpus lacks: {', '.join(missing)}")
 
 
-def measure(name: str, retriever: Retriever, questions: list[Question], seconds_index: float) -> dict:
-    start = time.perf_counter()
-    values = recall_at_k(retriever, questions)
-    seconds = time.perf_counter() - start
-    figures = {f"recall@{k}": round(value, 4) for k, value in values.items()}
+def measure(name: str, retriever: Retriever, questions: list[Question]) -> dict:
+    figures = {f"recall@{k}": round(value, 4) for k, value in recall_at_k(retriever, questions).items()}
     print(name, figures)
-    return {"retriever": name, **figures, "seconds_index": round(seconds_index, 2), "seconds_search": round(seconds, 2)}
+    return {"retriever": name, **figures}
 
 
 def _measure_all(passages: list[Passage], questions: list[Question], encoder_name: str) -> Iterator[dict]:
@@ -73,13 +69,8 @@ def _measure_all(passages: list[Passage], questions: list[Question], encoder_nam
     from searchr1_lite.retrieval.encoders import load_encoder
     from searchr1_lite.retrieval.sparse import BM25Retriever
 
-    start = time.perf_counter()
-    bm25 = BM25Retriever.build(passages)
-    yield measure("bm25", bm25, questions, time.perf_counter() - start)
-    encoder = load_encoder(encoder_name)
-    start = time.perf_counter()
-    dense = DenseRetriever.build(passages, encoder)
-    yield measure(f"dense, {encoder_name}", dense, questions, time.perf_counter() - start)
+    yield measure("bm25", BM25Retriever.build(passages), questions)
+    yield measure(f"dense, {encoder_name}", DenseRetriever.build(passages, load_encoder(encoder_name)), questions)
 
 
 def _relative(path: str) -> str:
