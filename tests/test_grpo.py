@@ -1,0 +1,272 @@
+"""TRL's loss and gradient against the hand-written ones, and what goes into and comes out of a training run."""
+
+import dataclasses
+import json
+import random
+
+import pytest
+import torch
+from peft import PeftModel
+from trl import GRPOTrainer
+
+from searchr1_lite.config import load_profile
+from searchr1_lite.rollout.engine import rollout
+from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.training import grpo
+from searchr1_lite.training.objective import group_advantages, grpo_loss, token_logprobs
+from searchr1_lite.types import Question
+
+QUESTIONS = [Question(str(n), f"What is {n}?", ("a",), {"hops": 1 + n % 2}) for n in range(4)]
+SMALL = {
+    "questions_per_step": 2,
+    "group_size": 4,
+    "micro_batch_size": 4,
+    "steps": 1,
+    "eval_questions": 2,
+    "max_turns": 1,
+    "max_response_tokens": 8,
+    "max_prompt_tokens": 1000,
+    "max_context_tokens": 2500,
+    "chat_template": False,
+}
+
+
+def tiny(**overrides):
+    return load_profile("tiny", **(SMALL | overrides))
+
+
+def forged(question: Question, generator: random.Random) -> Trajectory:
+    """Two stretches of the model's own tokens around a retrieved one; right or wrong by chance."""
+    own, found, last = (generator.randint(2, 9) for _ in range(3))
+    ids = [generator.randrange(10, 500) for _ in range(own + found + last)]
+    prompt = [generator.randrange(10, 500) for _ in range(int(question.id) * 3 + 5)]
+    mask = [1] * own + [0] * found + [1] * last
+    turns = (Turn("", "search", "q"), Turn(generator.choice(["<answer>a</answer>", "b"]), "answer"))
+    return Trajectory(question, *map(tuple, (prompt, ids, mask, [0.0] * len(ids))), turns, True, "answer")
+
+
+@pytest.fixture
+def forge(monkeypatch):
+    """Rollouts are made up, so that the loss can be computed beside the trainer; they are left in the list."""
+    made = []
+
+    def rollout(policy, questions, retriever, profile, *, group_size, seed):
+        generator = random.Random(1)
+        made.extend(forged(question, generator) for question in questions for _ in range(group_size))
+        return list(made)
+
+    monkeypatch.setattr(grpo, "rollout", rollout)
+    return made
+
+
+def a_micro_batch(policy, tmp_path, profile):
+    """A trainer whose adapter has moved away from the base, and the first micro-batch of its first step."""
+    trainer = grpo.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    move(trainer, 0)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    return trainer, inputs
+
+
+def move(trainer, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter(trainer):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def adapter(trainer):
+    return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+
+
+def gradient(loss, trainer):
+    return torch.cat([part.flatten() for part in torch.autograd.grad(loss, adapter(trainer))])
+
+
+def by_hand(trainer, inputs, made, profile):
+    """The loss of the same micro-batch from the trajectories, full logits and objective.py."""
+    advantages = group_advantages(torch.tensor([float("<answer>a" in t.policy_text) for t in made]), 4)
+    assert len(set(advantages.tolist())) > 2
+    logits, ids, mask, chosen, old, reference = ([] for _ in range(6))
+    for row, completion in enumerate(inputs["completion_ids"].tolist()):
+        index = next(n for n, t in enumerate(made) if completion[: len(t.completion_ids)] == list(t.completion_ids))
+        t, width = made[index], len(completion)
+        chosen.append(advantages[index])
+        whole = torch.tensor([[*t.prompt_ids, *completion]])
+        seen = slice(len(t.prompt_ids) - 1, -1)
+        logits.append(trainer.model(whole).logits[0, seen] / profile.temperature)
+        with torch.no_grad(), trainer.model.disable_adapter():
+            base = trainer.model(whole).logits[0, seen] / profile.temperature
+        ids.append(torch.tensor(completion))
+        reference.append(token_logprobs(base, ids[-1]))
+        trained_on = t.loss_mask if profile.masked else [1] * len(t.loss_mask)
+        mask.append(torch.tensor([*trained_on, *[0] * (width - len(trained_on))]))
+        if "old_per_token_logps" in inputs:
+            old.append(inputs["old_per_token_logps"][row])
+    logits, ids, mask, chosen, reference = (torch.stack(x) for x in (logits, ids, mask, chosen, reference))
+    old = torch.stack(old) if old else None
+    options = {"epsilon": profile.epsilon, "beta": profile.beta, "entropy_coef": profile.entropy_coef}
+    return grpo_loss(logits, ids, mask, chosen, old, reference, **options)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("updates", [1, 2])
+def test_trl_computes_the_hand_written_loss_and_gradient(policy, tmp_path, forge, masked, updates):
+    profile = tiny(masked=masked, updates_per_rollout=updates, beta=0.04, entropy_coef=0.01, temperature=0.8)
+    trainer, inputs = a_micro_batch(policy, tmp_path, profile)
+    assert ("old_per_token_logps" in inputs) == (updates == 2)
+    move(trainer, 1)  # so that with old log-probabilities the ratio is not 1 and some tokens are clipped
+    loss, expected = trainer.compute_loss(trainer.model, inputs), by_hand(trainer, inputs, forge, profile)
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-5)
+    one, other = gradient(loss, trainer), gradient(expected, trainer)
+    assert one.abs().max() > 1e-3
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+    without = by_hand(trainer, inputs, forge, profile.model_copy(update={"masked": not masked}))
+    assert (gradient(without, trainer) - one).abs().max() > 0.1 * one.abs().max()
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_no_gradient_where_the_model_did_not_write(policy, tmp_path, forge, monkeypatch, masked):
+    """The last hidden state of a position feeds nothing but that position's prediction."""
+    monkeypatch.setattr(grpo, "ROWS_TOGETHER", 1)  # so that a state holds one trajectory, trimmed to its length
+    trainer, inputs = a_micro_batch(policy, tmp_path, tiny(masked=masked))
+    states = []
+    norm = trainer.model.get_base_model().model.norm
+    handle = norm.register_forward_hook(lambda module, args, output: states.append(output))
+    loss = trainer.compute_loss(trainer.model, inputs)
+    handle.remove()
+    lengths = inputs["completion_mask"].sum(dim=1).tolist()
+    seen = [row[:length].tolist() for row, length in zip(inputs["completion_ids"], lengths, strict=True)]
+    batch = [next(t for t in forge if ids == [*t.completion_ids, policy.tokenizer.eos_token_id]) for ids in seen]
+    batch.sort(key=lambda t: len(t.prompt_ids) + len(t.completion_ids))
+    for t, gradient in zip(batch, torch.autograd.grad(loss, states), strict=True):
+        size = gradient[0, len(t.prompt_ids) - 1 :].abs().sum(dim=-1)  # of the states that predict the completion
+        own = torch.tensor(t.loss_mask).bool()
+        size, end = size[: len(own)], size[len(own) :]
+        assert (size[own] > 0).all()
+        assert (size[~own] == 0).all() == masked
+        assert (end == 0).all()  # the end token, which nobody wrote, and what comes after it
+
+
+def test_trimming_changes_nothing_that_counts(policy, tmp_path, forge):
+    trainer, inputs = a_micro_batch(policy, tmp_path, tiny())
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    ids, attention = (torch.nn.functional.pad(x, (3, 5)) for x in (ids, attention))
+    counts = torch.nn.functional.pad(inputs["completion_mask"], (0, 5)).bool()
+    for batch_size in (None, 3):
+        arguments = (trainer.model, ids, attention, counts.shape[1], batch_size)
+        ours = trainer._get_per_token_logps_and_entropies(*arguments, compute_entropy=True)
+        theirs = GRPOTrainer._get_per_token_logps_and_entropies(trainer, *arguments, compute_entropy=True)
+        for one, other in zip(ours[:2], theirs[:2], strict=True):
+            assert one.shape == other.shape
+            torch.testing.assert_close(one[counts], other[counts], atol=1e-5, rtol=1e-5)
+
+
+def test_the_engine_and_the_trainer_agree_on_log_probabilities(policy, tmp_path, retriever):
+    profile = tiny(temperature=0.7)
+    trainer = grpo.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], retriever)
+    move(trainer, 0)
+    trajectories = rollout(dataclasses.replace(policy, model=trainer.model), QUESTIONS[:2], retriever, profile)
+    for t in trajectories:
+        ids = torch.tensor([[*t.prompt_ids, *t.completion_ids]])
+        with torch.no_grad():
+            scored = trainer._get_per_token_logps_and_entropies(
+                trainer.model, ids, torch.ones_like(ids), len(t.completion_ids)
+            )[0][0]
+        own = torch.tensor(t.loss_mask).bool()
+        torch.testing.assert_close(scored[own], torch.tensor(t.logprobs)[own], atol=1e-4, rtol=0)
+
+
+def test_columns_for_trl():
+    t = forged(QUESTIONS[0], random.Random(0))
+    unfinished = dataclasses.replace(t, finished=False, stop_reason="turns")
+    masked = grpo.trl_columns([t, unfinished], True, 7)
+    unmasked = grpo.trl_columns([t, unfinished], False, 7)
+    assert masked["completion_ids"] == [[*t.completion_ids, 7], list(t.completion_ids)]
+    assert masked["env_mask"] == [[*t.loss_mask, 0], list(t.loss_mask)]
+    assert unmasked["env_mask"] == [[1] * len(t.loss_mask) + [0], [1] * len(t.loss_mask)]
+    assert [len(x) for x in masked["logprobs"]] == [len(x) for x in masked["completion_ids"]]
+
+
+def test_question_order():
+    profile = tiny(steps=5)
+    order = [question.id for question in grpo.question_order(QUESTIONS, profile)]
+    assert len(order) == 10 and order == [question.id for question in grpo.question_order(QUESTIONS, profile)]
+    assert sorted(order[:4]) == sorted(order[4:8]) == ["0", "1", "2", "3"]
+    assert order != [question.id for question in grpo.question_order(QUESTIONS, tiny(steps=5, seed=1))]
+    with pytest.raises(ValueError, match="there are only 1"):
+        grpo.question_order(QUESTIONS[:1], profile)
+    with pytest.raises(ValueError, match="share an id"):
+        grpo.question_order(QUESTIONS + QUESTIONS, profile)
+
+
+def test_rollout_metrics_by_hand():
+    def one(question, searches, answer, finished=True):
+        turns = (Turn("s", "search", "q", (), "o"),) * searches + (Turn(answer, "answer" if finished else "invalid"),)
+        return Trajectory(question, (1,), (1, 2, 3), (1, 0, 1), (0.0,) * 3, turns, finished, "answer")
+
+    right, wrong = "<answer>a</answer>", "<answer>b</answer>"
+    first, second = QUESTIONS[:2]  # one hop, two hops
+    batch = [one(first, 1, right), one(first, 0, wrong), one(second, 2, wrong), one(second, 2, wrong, False)]
+    metrics = grpo.rollout_metrics(batch, [1.0, 0.0, 0.0, 0.0], 2)
+    assert metrics == {
+        "reward": 0.25,
+        "exact_match": 0.25,
+        "exact_match_by_hops": {"1": 0.5, "2": 0.0},
+        "searches": 1.25,
+        "searches_by_hops": {"1": 0.5, "2": 2.0},
+        "ideal_searches": 1.5,
+        "invalid_actions": 0.25,
+        "response_length": 2.0,
+        "retrieved_tokens": 1.0,
+        "answer_rate": 0.75,
+        "zero_variance_groups": 0.5,
+    }
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_real_profile_runs_on_a_shrunken_model(policy, tmp_path):
+    """Everything is loaded from what the profile names, as in the real run; only sizes and places differ."""
+    base, files = tmp_path / "base", {"questions": tmp_path / "questions.jsonl", "corpus": tmp_path / "corpus.jsonl"}
+    policy.model.save_pretrained(base)
+    policy.tokenizer.save_pretrained(base)
+    asked = [{"id": str(n), "question": f"Who is {n}?", "golden_answers": ["x"], "metadata": {}} for n in range(40)]
+    files["questions"].write_text("".join(json.dumps(row) + "\n" for row in asked), encoding="utf-8")
+    passages = [{"id": str(n), "contents": f'"T{n}"\nword{n} é'} for n in range(9)]
+    files["corpus"].write_text("".join(json.dumps(row) + "\n" for row in passages), encoding="utf-8")
+    profile = load_profile(
+        "qwen2.5-3b-4bit",
+        model=str(base),
+        retriever="bm25",
+        device="cpu",
+        steps=1,
+        warmup_steps=0,  # else the first step has learning rate 0
+        questions_per_step=2,
+        group_size=2,
+        max_turns=1,
+        max_response_tokens=8,
+        max_context_tokens=2500,
+        eval_questions=2,
+        **{key: str(path) for key, path in files.items()},
+    )
+    folder = grpo.train(profile, tmp_path / "run", progress=lambda line: None)
+    assert {path.name for path in folder.iterdir()} >= {
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "trajectories.jsonl.gz",
+        "evaluation.json",
+        "adapter",
+    }
+    step = rows(folder / "metrics.jsonl")[0]
+    assert step["ideal_searches"] is None and step["exact_match_by_hops"] == {}  # these questions name no hops
+    assert step["grad_norm"] > 0 and step["seconds_rollout"] < step["seconds"]
+    saved = PeftModel.from_pretrained(policy.model, folder / "adapter")
+    weights = {name: x for name, x in saved.named_parameters() if "lora_" in name}
+    assert all(x.dtype == torch.float32 for x in weights.values())
+    assert any(x.abs().max() > 0 for name, x in weights.items() if "lora_B" in name)
+    assert str(base) == json.loads((folder / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
