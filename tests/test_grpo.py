@@ -14,6 +14,7 @@ from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
 from searchr1_lite.training import grpo
 from searchr1_lite.training.objective import group_advantages, grpo_loss, token_logprobs
+from searchr1_lite.training.recording import rollout_metrics
 from searchr1_lite.types import Question
 
 QUESTIONS = [Question(str(n), f"What is {n}?", ("a",), {"hops": 1 + n % 2}) for n in range(4)]
@@ -209,7 +210,7 @@ def test_rollout_metrics_by_hand():
     right, wrong = "<answer>a</answer>", "<answer>b</answer>"
     first, second = QUESTIONS[:2]  # one hop, two hops
     batch = [one(first, 1, right), one(first, 0, wrong), one(second, 2, wrong), one(second, 2, wrong, False)]
-    metrics = grpo.rollout_metrics(batch, [1.0, 0.0, 0.0, 0.0], 2)
+    metrics = rollout_metrics(batch, [1.0, 0.0, 0.0, 0.0], 2)
     assert metrics == {
         "reward": 0.25,
         "exact_match": 0.25,

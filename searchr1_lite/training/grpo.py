@@ -6,38 +6,32 @@ rollouts and the `updates_per_rollout` optimizer updates made from it. Leaves ou
 merging the adapter into the 4-bit base, which corrupts it.
 """
 
-import gzip
-import json
 import os
-import platform
 import random
-import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import PrinterCallback, TrainerCallback, set_seed
+from transformers import PrinterCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from searchr1_lite.config import Profile, save_config
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate
-from searchr1_lite.evaluation.metrics import by_hops, mean
 from searchr1_lite.retrieval.build import load_retriever
 from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy, load_policy
-from searchr1_lite.rollout.trajectory import Trajectory, trajectory_to_row
+from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.training import checkpoints
-from searchr1_lite.training.rewards import exact_match, trajectory_reward
+from searchr1_lite.training.recording import Recorder, append_trajectories, environment
+from searchr1_lite.training.rewards import trajectory_reward
 from searchr1_lite.types import Question, Retriever
 
 ROWS_TOGETHER = 8  # trajectories of like length in one forward, at most
@@ -279,102 +273,6 @@ def trl_columns(trajectories: Sequence[Trajectory], masked: bool, eos: int) -> d
     return columns
 
 
-@dataclass
-class Recorder(TrainerCallback):
-    """Writes a run's growing files, marks its checkpoints and says how it goes."""
-
-    profile: Profile
-    run_folder: Path
-    progress: Callable[[str], Any] = print
-    rollouts: dict[str, Any] = field(default_factory=dict)
-    started: float = 0.0
-    step_seconds: list[float] = field(default_factory=list)
-
-    def record(self, step: int, trajectories: list[Trajectory], rewards: list[float], seconds: float) -> None:
-        """What the rollouts of a step say; some of them are kept."""
-        self.rollouts = {"step": step, **rollout_metrics(trajectories, rewards, self.profile.group_size)}
-        self.rollouts["seconds_rollout"] = seconds
-        if step == 1 or step % self.profile.save_trajectories_every == 0:
-            append_trajectories(self.run_folder, trajectories, rewards, step, "train")
-
-    def on_step_begin(self, args, state, control, **_) -> None:
-        if state.global_step % self.profile.updates_per_rollout == 0:
-            self.started = time.perf_counter()
-
-    def on_log(self, args, state, control, logs: dict[str, float], **_) -> None:
-        if "grad_norm" not in logs:  # the summary at the end of training
-            return
-        seconds = time.perf_counter() - self.started
-        metrics = self.rollouts | {
-            "kl": logs.get("kl"),
-            "entropy": logs["entropy"],
-            "grad_norm": logs["grad_norm"],
-            "clip_ratio": logs["clip_ratio/region_mean"],
-            "loss": logs["loss"],
-            "learning_rate": logs["learning_rate"],
-            "seconds_training": seconds - self.rollouts["seconds_rollout"],
-            "seconds": seconds,
-        }
-        with (self.run_folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
-        self.step_seconds.append(seconds)
-        self._say(metrics)
-
-    def on_save(self, args, state, control, **_) -> None:
-        checkpoints.mark_checkpoint(self.run_folder, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    def _say(self, metrics: dict[str, Any]) -> None:
-        step, steps = metrics["step"], self.profile.steps
-        if step != 1 and step != steps and step % max(1, round(steps / 8)):
-            return
-        rate = sum(self.step_seconds) / len(self.step_seconds)
-        self.progress(
-            f"{self.run_folder.name}: step {step}/{steps}  exact match {metrics['exact_match']:.2f}  "
-            f"searches {metrics['searches']:.2f}  {rate:.1f} s a step, {_duration(rate * (steps - step))} left"
-        )
-
-
-def rollout_metrics(trajectories: Sequence[Trajectory], rewards: Sequence[float], group_size: int) -> dict[str, Any]:
-    """Means over a batch of rollouts; by hops where the questions say how many they need."""
-    scores = [exact_match(trajectory.policy_text, trajectory.question.golden_answers) for trajectory in trajectories]
-    searches = [trajectory.searches for trajectory in trajectories]
-    metadata = [trajectory.question.metadata for trajectory in trajectories]
-    hops = [described["hops"] for described in metadata if described.get("hops") is not None]
-    groups = [rewards[start : start + group_size] for start in range(0, len(rewards), group_size)]
-    return {
-        "reward": mean(rewards),
-        "exact_match": mean(scores),
-        "exact_match_by_hops": by_hops(scores, metadata),
-        "searches": mean(searches),
-        "searches_by_hops": by_hops(searches, metadata),
-        "ideal_searches": mean(hops) if hops else None,
-        "invalid_actions": mean([trajectory.invalid_actions for trajectory in trajectories]),
-        "response_length": mean([trajectory.response_length for trajectory in trajectories]),
-        "retrieved_tokens": mean([len(t.completion_ids) - t.response_length for t in trajectories]),
-        "answer_rate": mean([trajectory.finished for trajectory in trajectories]),
-        "zero_variance_groups": mean([len(set(group)) == 1 for group in groups]),
-    }
-
-
-def append_trajectories(
-    run_folder: Path, trajectories: Sequence[Trajectory], rewards: Sequence[float], step: int, phase: str
-) -> None:
-    """Add a batch to trajectories.jsonl.gz, as a gzip member of its own."""
-    rows = [
-        trajectory_to_row(
-            trajectory,
-            step=step,
-            phase=phase,
-            reward=reward,
-            exact_match=exact_match(trajectory.policy_text, trajectory.question.golden_answers),
-        )
-        for trajectory, reward in zip(trajectories, rewards, strict=True)
-    ]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with (run_folder / "trajectories.jsonl.gz").open("ab") as file:
-        file.write(gzip.compress(text.encode("utf-8"), mtime=0))
-
-
 def evaluate_before(
     run_folder: Path,
     policy: Policy,
@@ -436,42 +334,5 @@ def save_adapter(model: Any, profile: Profile, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # an empty form for a model card
 
 
-def environment(policy: Policy) -> dict[str, Any]:
-    """When, on what and with what a run was made."""
-    gpu = torch.cuda.get_device_name() if policy.device.type == "cuda" else None
-    names = ["torch", "transformers", "trl", "peft", "bitsandbytes"]
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "gpu": gpu, "system": platform.system()},
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
-        "command": _command(),
-        "quantization": policy.quantization,
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _command() -> str:
-    name = Path(sys.argv[0]).name
-    return "a notebook" if "ipykernel" in name or "ipykernel" in sys.argv[0] else " ".join([name, *sys.argv[1:]])
-
-
 def _step_of(checkpoint: Path, profile: Profile) -> int:
     return int(checkpoint.name.rpartition("-")[2]) // profile.updates_per_rollout
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

@@ -1,0 +1,38 @@
+"""Train from a shell; any setting of the profile can follow as name=value.
+
+python -m searchr1_lite.training --run-folder data/results/runs/tiny-masked-seed0 seed=0 masked=true
+"""
+
+import sys
+from argparse import ArgumentParser, ArgumentTypeError
+from pathlib import Path
+
+import yaml
+
+from searchr1_lite.config import ConfigError, load_profile
+from searchr1_lite.training.grpo import train
+
+
+def setting(text: str) -> tuple[str, object]:
+    """`name=value`, the value read as YAML (3, 0.001, true, text)."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ArgumentTypeError(f"{text!r} is not of the form name=value")
+    return name, yaml.safe_load(value)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m searchr1_lite.training", description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", default="tiny", help="a profile's name or a .yaml file")
+    parser.add_argument("--run-folder", type=Path, required=True, help="made here; a run that was cut off goes on")
+    parser.add_argument("settings", nargs="*", type=setting, metavar="name=value")
+    given = parser.parse_args(arguments)
+    try:
+        profile = load_profile(given.profile, **dict(given.settings))
+        train(profile, given.run_folder)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""A run that is cut off goes on to the same result; a folder with another run is refused."""
+
+import gzip
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from searchr1_lite.config import load_profile
+from searchr1_lite.rollout.policy import Policy
+from searchr1_lite.training import grpo
+from searchr1_lite.training.checkpoints import RunFolderError, latest_checkpoint, mark_checkpoint, rewind
+from searchr1_lite.types import Question
+
+QUESTIONS = [Question(str(n), f"What is {n}?", ("a",), {"hops": 1}) for n in range(6)]
+
+
+class CutOffError(Exception):
+    pass
+
+
+def cut_off_at(step):
+    def progress(line):
+        if f"step {step}/" in line:
+            raise CutOffError(line)
+
+    return progress
+
+
+def run(folder, tokenizer, retriever, progress=lambda line: None, **overrides):
+    from conftest import make_model
+
+    settings = {
+        "steps": 4,
+        "questions_per_step": 2,
+        "group_size": 2,
+        "micro_batch_size": 2,
+        "updates_per_rollout": 2,
+        "save_every": 2,
+        "save_trajectories_every": 1,
+        "max_turns": 1,
+        "max_response_tokens": 6,
+        "max_prompt_tokens": 1000,
+        "max_context_tokens": 2500,
+        "chat_template": False,
+        "lora_dropout": 0.1,
+    }
+    profile = load_profile("tiny", **(settings | overrides))
+    policy = Policy(make_model(544), tokenizer, torch.device("cpu"))
+    options = {"questions": QUESTIONS, "eval_questions": QUESTIONS[:2], "retriever": retriever, "policy": policy}
+    return grpo.train(profile, folder, progress=progress, **options)
+
+
+@pytest.fixture(autouse=True)
+def some_rollouts_are_better(monkeypatch):
+    """Noise never answers right; here it earns something, so that there is a gradient to go wrong."""
+    monkeypatch.setattr(grpo, "trajectory_reward", lambda trajectory, kind: sum(trajectory.completion_ids) % 7 / 7)
+
+
+def without_seconds(value):
+    if isinstance(value, dict):
+        return {key: without_seconds(x) for key, x in value.items() if not key.startswith("seconds")}
+    return value
+
+
+def result(folder):
+    with gzip.open(folder / "trajectories.jsonl.gz", "rt", encoding="utf-8") as file:
+        trajectories = [json.loads(line) for line in file]
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    return (
+        [without_seconds(row) for row in metrics],
+        trajectories,
+        {k: without_seconds(v) for k, v in evaluation.items()},
+    )
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_run_that_was_cut_off_ends_the_same(tmp_path, tokenizer, retriever, step):
+    straight = run(tmp_path / "straight", tokenizer, retriever)
+    with pytest.raises(CutOffError):
+        run(tmp_path / "cut", tokenizer, retriever, cut_off_at(step))
+    with (tmp_path / "cut/metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 9, "rew')  # the power went in the middle of a line,
+    with (tmp_path / "cut/trajectories.jsonl.gz").open("ab") as file:
+        file.write(gzip.compress(b"x" * 99)[:15])  # of a batch
+    (tmp_path / "cut/checkpoints/checkpoint-6").mkdir()  # and of a checkpoint
+    said = []
+    cut = run(tmp_path / "cut", tokenizer, retriever, said.append)
+    assert said[0].endswith("going on after step 2") == (step == 3)
+    for one, other in zip(result(straight), result(cut), strict=True):
+        assert one == other
+    metrics, trajectories, _ = result(cut)
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4]
+    assert any(row["grad_norm"] > 1e-3 for row in metrics)
+    assert [row["phase"] for row in trajectories] == ["before"] * 2 + ["train"] * 16 + ["after"] * 2
+    weights, others = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (straight, cut))
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    before = {path: path.stat().st_mtime_ns for path in cut.rglob("*") if path.is_file()}
+    assert run(cut, tokenizer, retriever) == cut  # finished: nothing is touched
+    assert before == {path: path.stat().st_mtime_ns for path in cut.rglob("*") if path.is_file()}
+    with pytest.raises(RunFolderError, match=r"seed: 0 there, 5 asked for.*Give another run folder"):
+        run(cut, tokenizer, retriever, seed=5)
+
+
+def test_rewind_cuts_to_the_mark_and_ignores_unmarked_checkpoints(tmp_path):
+    for step in (2, 4):
+        (tmp_path / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"one\n")
+    mark_checkpoint(tmp_path, tmp_path / "checkpoints/checkpoint-2")
+    (tmp_path / "metrics.jsonl").write_bytes(b"one\ntwo\nthr")
+    (tmp_path / "trajectories.jsonl.gz").write_bytes(b"later")
+    assert latest_checkpoint(tmp_path).name == "checkpoint-2"
+    rewind(tmp_path, latest_checkpoint(tmp_path))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b"one\n"
+    assert (tmp_path / "trajectories.jsonl.gz").read_bytes() == b""
+    assert not (tmp_path / "checkpoints/checkpoint-4").exists()
+
+
+def test_a_file_that_was_changed_is_not_gone_on_with(tmp_path):
+    (tmp_path / "checkpoints/checkpoint-2").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_bytes(b"one\n")
+    mark_checkpoint(tmp_path, tmp_path / "checkpoints/checkpoint-2")
+    (tmp_path / "metrics.jsonl").write_bytes(b"")
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl is shorter"):
+        rewind(tmp_path, latest_checkpoint(tmp_path))
+
+
+def test_the_later_of_two_checkpoints_counts(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    for step in (8, 10):  # 10 sorts before 8 as text
+        (tmp_path / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
+        mark_checkpoint(tmp_path, tmp_path / f"checkpoints/checkpoint-{step}")
+    assert latest_checkpoint(tmp_path).name == "checkpoint-10"
