@@ -7,6 +7,7 @@ import math
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from searchr1_lite.retrieval.build import load_retriever
 from searchr1_lite.retrieval.corpus import CorpusError, load_corpus
 from searchr1_lite.retrieval.manifest import IndexMismatchError
 from searchr1_lite.retrieval.recall import check_supporting, recall_at_k, recall_per_question
-from searchr1_lite.retrieval.sparse import BM25Retriever
+from searchr1_lite.retrieval.sparse import BM25Retriever, best_first
 from searchr1_lite.tasks.questions import read_questions
 from searchr1_lite.types import Hit, Passage, Question
 
@@ -99,6 +100,8 @@ def test_unknown_words_change_nothing() -> None:
 def test_ties_come_in_corpus_order() -> None:
     same = [Passage(str(i), "Fox", "a red fox") for i in range(50)]
     assert ids(BM25Retriever.build(same).search(["fox"], 7)) == [[str(i) for i in range(7)]]
+    mixed = np.arange(300, dtype=np.float32) % 3  # scores 0 1 2 0 1 2 ...: 100 twos, then the first 20 of the ones
+    assert best_first(mixed, 120).tolist() == [*range(2, 300, 3), *range(1, 60, 3)]
 
 
 def test_k_and_empty_batches() -> None:
