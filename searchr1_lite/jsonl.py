@@ -1,4 +1,4 @@
-"""Reading JSON lines strictly: plain or gzipped, every error with its file and line, nothing skipped.
+"""Reading JSON lines strictly (plain or gzipped, every error with its file and line), and writing JSON whole or not.
 
 What a row must hold is for the callers to say (`retrieval/corpus.py`, `tasks/questions.py`).
 """
@@ -71,3 +71,11 @@ def id_field(row: dict[str, Any], where: str, error: type[Exception]) -> str:
     if not value.strip():
         raise error(f"{where}: 'id' is empty")
     return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write so that a reader, or a run that goes on, finds the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(beside, path)

@@ -6,14 +6,13 @@ It copies, and computes nothing that the run folders do not hold.
 """
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from searchr1_lite.analysis.runs import Run, RunError, load_run
+from searchr1_lite.jsonl import write_json
 
 
 def run_entry(run: Run) -> dict[str, Any]:
@@ -52,14 +51,6 @@ def summarise_runs(runs: Sequence[Run], command: str) -> dict[str, Any]:
         "command": command,
         "runs": [run_entry(run) for run in sorted(runs, key=lambda run: run.name)],
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write the file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

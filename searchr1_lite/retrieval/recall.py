@@ -5,7 +5,6 @@ records the figures. Ranking measures with graded judgements are left out; ir-me
 """
 
 import argparse
-import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from searchr1_lite.config import ROOT
+from searchr1_lite.jsonl import write_json
 from searchr1_lite.types import Passage, Question, Retriever
 
 KS = (1, 3, 5, 10)
@@ -65,12 +65,12 @@ def measure(name: str, retriever: Retriever, questions: list[Question]) -> dict:
 
 
 def _measure_all(passages: list[Passage], questions: list[Question], encoder_name: str) -> Iterator[dict]:
-    from searchr1_lite.retrieval.dense import DenseRetriever
-    from searchr1_lite.retrieval.encoders import load_encoder
-    from searchr1_lite.retrieval.sparse import BM25Retriever
+    from searchr1_lite.config import load_profile
+    from searchr1_lite.retrieval.build import load_retriever
 
-    yield measure("bm25", BM25Retriever.build(passages), questions)
-    yield measure(f"dense, {encoder_name}", DenseRetriever.build(passages, load_encoder(encoder_name)), questions)
+    for kind, name in (("bm25", "bm25"), ("dense", f"dense, {encoder_name}")):
+        profile = load_profile("tiny", retriever=kind, encoder=encoder_name)
+        yield measure(name, load_retriever(profile, passages), questions)
 
 
 def _relative(path: str) -> str:
@@ -108,10 +108,9 @@ def main() -> None:
         "results": [],
     }
     out = Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     for row in _measure_all(passages, questions, args.encoder):  # encoding may take an hour: keep what is measured
         record["results"].append(row)
-        out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(out, record)
 
 
 if __name__ == "__main__":

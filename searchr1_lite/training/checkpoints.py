@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from searchr1_lite.config import Profile, resolve_path
+from searchr1_lite.jsonl import write_json
 from searchr1_lite.types import Question
 
 GROWING = ("metrics.jsonl", "trajectories.jsonl.gz")
@@ -23,13 +24,6 @@ MARK = "complete.json"
 
 class RunFolderError(ValueError):
     """A run folder that cannot be used for this run; the message says why and what to do."""
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write so that a reader, or a run that goes on, finds the old file or the new one, never half of one."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(beside, path)
 
 
 def read_json(path: Path) -> Any:

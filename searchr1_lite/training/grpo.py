@@ -23,6 +23,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from searchr1_lite.config import Profile, save_config
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate
+from searchr1_lite.jsonl import write_json
 from searchr1_lite.retrieval.build import load_retriever
 from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.rollout.engine import rollout
@@ -68,7 +69,7 @@ def train(
     policy = policy or load_policy(profile)
     (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
-        checkpoints.write_json(run_folder / "environment.json", environment(policy) | {"inputs": inputs})
+        write_json(run_folder / "environment.json", environment(policy) | {"inputs": inputs})
         save_config(profile, run_folder / "config.yaml")
         evaluate_before(run_folder, policy, eval_questions, retriever, profile, progress)
     else:
@@ -284,7 +285,7 @@ def evaluate_before(
     """The base model on held-out questions: with search, and with one turn and no search (closed book)."""
     summary = _evaluate(run_folder, policy, questions, retriever, profile, "before", progress)
     result = {"before": summary, "closed_book": closed_book(policy, questions, profile)}
-    checkpoints.write_json(run_folder / "checkpoints/before.json", result)
+    write_json(run_folder / "checkpoints/before.json", result)
     progress(
         f"{run_folder.name}: before, exact match {summary['exact_match']:.2f} on {summary['questions']} held-out "
         f"questions, {summary['mean_searches']:.2f} searches; closed book {result['closed_book']:.2f}"
@@ -303,7 +304,7 @@ def evaluate_after(
     before = checkpoints.read_json(run_folder / "checkpoints/before.json")
     summary = _evaluate(run_folder, policy, questions, retriever, profile, "after", progress)
     result = {"before": before["before"], "after": summary, "closed_book": before["closed_book"]}
-    checkpoints.write_json(run_folder / "evaluation.json", result)
+    write_json(run_folder / "evaluation.json", result)
     progress(
         f"{run_folder.name}: after {profile.steps} steps, exact match {summary['exact_match']:.2f}, "
         f"{summary['mean_searches']:.2f} searches"

@@ -1,0 +1,26 @@
+"""The training command: settings from the shell, each mistake one message."""
+
+import pytest
+
+from searchr1_lite.training import __main__ as command
+
+
+def test_settings_are_read_as_yaml_and_reach_the_profile(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(command, "train", lambda profile, folder: given.update(profile=profile, folder=folder))
+    command.main(["--run-folder", str(tmp_path), "seed=3", "masked=false", "learning_rate=0.01"])
+    assert given["folder"] == tmp_path
+    assert (given["profile"].seed, given["profile"].masked, given["profile"].learning_rate) == (3, False, 0.01)
+
+
+@pytest.mark.parametrize(("setting", "message"), [("sead=3", "did you mean seed"), ("seed=three", "seed")])
+def test_a_setting_that_cannot_be_is_one_message(monkeypatch, tmp_path, setting, message):
+    monkeypatch.setattr(command, "train", lambda *_: pytest.fail("training started"))
+    with pytest.raises(SystemExit, match=message):
+        command.main(["--run-folder", str(tmp_path), setting])
+
+
+def test_a_word_without_a_value_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--run-folder", str(tmp_path), "masked"])
+    assert "'masked' is not of the form name=value" in capsys.readouterr().err
