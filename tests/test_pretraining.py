@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from searchr1_lite.config import ROOT
-from searchr1_lite.pretraining.pretrain import TOKENS_PER_BATCH, Examples, encode_segments
+from searchr1_lite.pretraining.pretrain import TOKENS_PER_BATCH, Examples, Mix, encode_segments
 from searchr1_lite.pretraining.tokenizer import train_tokenizer
 from searchr1_lite.pretraining.transcripts import HABITS, Writer
 from searchr1_lite.retrieval.sparse import BM25Retriever
@@ -65,7 +65,7 @@ def test_only_what_the_policy_wrote_is_learned_from_in_transcripts(tokenizer, wr
 
 
 def test_batches_keep_their_size_and_stages(tokenizer):
-    batches = list(Examples(tokenizer, seed=0, steps=24))
+    batches = list(Examples(tokenizer, 0, 24, Mix()))
     first, last = batches[0], batches[-1]
     assert all(ids.numel() <= TOKENS_PER_BATCH for ids, _ in batches)
     assert "Question:" not in tokenizer.decode(first[0][0]) and first[1][0].sum() > 0

@@ -1,10 +1,9 @@
 """Make the tiny base model: a Qwen2 of about a million parameters that reads well and seldom searches well.
 
-Three stages: reading drills, trained on all tokens; then mostly transcripts under a short prompt, trained on what the
+Stages: reading drills, trained on all tokens; then transcripts as well, under a short prompt, trained on what the
 policy writes; last the same under Search-R1's full prompt. Hidden matrices are trained by Muon, the rest by AdamW.
-Two processes of one thread each use two cores best. One command remakes `data/tiny-base/`:
-
-    torchrun --nproc-per-node 2 -m searchr1_lite.pretraining.pretrain --out data/tiny-base
+Two processes of one thread each use two cores best. `make tiny-base` remakes `data/tiny-base/` in two calls, the second
+of which starts from the first's weights with more drills and a falling learning rate.
 
 Left out: resuming, and any evaluation beyond reading (notebooks 02 and 03 look at the rest).
 """
@@ -15,6 +14,7 @@ import random
 import time
 from argparse import ArgumentParser
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -33,9 +33,6 @@ TOPK = 3
 TOKENS_PER_BATCH = 6144  # a process, padding included
 WORLD_SIZE = 16  # people; about 60 passages
 PIECES_PER_WORLD = 64
-DRILLS_ONLY = 0.30  # share of the steps; after them drills are DRILL_SHARE of the pieces
-DRILL_SHARE = 0.3
-SHORT_PROMPT = 0.75  # up to this share of the steps the fixed part of the prompt is left out, which halves the tokens
 
 Example = tuple[list[int], list[int]]  # ids, and 1 where a token is learned from
 
@@ -69,11 +66,20 @@ def encode_segments(tokenizer: PreTrainedTokenizerFast, segments: list[Segment],
     return ids, learned
 
 
+@dataclass(frozen=True)
+class Mix:
+    """What is read when, as shares of the steps and of the pieces."""
+
+    drills_only: float = 0.3  # of the steps, at first
+    drill_share: float = 0.3  # of the pieces, after that
+    short_prompt: float = 0.75  # up to this share of the steps the prompt's fixed part is left out: half the tokens
+
+
 class Examples(IterableDataset):
     """Batches of (ids, learned), padded, of similar lengths, from one fresh world after another, for `steps` steps."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int):
-        self.tokenizer, self.seed, self.steps = tokenizer, seed, steps
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int, mix: "Mix"):
+        self.tokenizer, self.seed, self.steps, self.mix = tokenizer, seed, steps, mix
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         made, world_seed = 0, 1_000_000 * (self.seed + 1)
@@ -93,11 +99,11 @@ class Examples(IterableDataset):
         world = ToyWorld(seed, WORLD_SIZE, names="pretraining")
         writer = Writer(world, BM25Retriever.build(world.passages()), TOPK, rng)
         for _ in range(PIECES_PER_WORLD):
-            if progress < DRILLS_ONLY or rng.random() < DRILL_SHARE:
+            if progress < self.mix.drills_only or rng.random() < self.mix.drill_share:
                 yield encode_segments(self.tokenizer, writer.drill(), learn_all=True)
             else:
                 question, segments = writer.transcript()
-                prompt_ids = self._prompt(question, short=progress < SHORT_PROMPT)
+                prompt_ids = self._prompt(question, short=progress < self.mix.short_prompt)
                 ids, learned = encode_segments(self.tokenizer, segments, learn_all=False)
                 yield prompt_ids + ids, [0] * len(prompt_ids) + learned
 
@@ -158,35 +164,39 @@ def optimizers(model: Qwen2ForCausalLM, learning_rate: float) -> list[torch.opti
     ]
 
 
-def pretrain(out: Path, steps: int, learning_rate: float, seed: int) -> None:
+def pretrain(
+    out: Path, start: Path | None, steps: int, stop: int | None, mix: Mix, learning_rate: float, hold: float, seed: int
+) -> None:
+    """Train for `steps` steps, or end at step `stop` of them. `start`: weights to begin from."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         dist.init_process_group("gloo")
         torch.set_num_threads(1)
     torch.manual_seed(seed)
     tokenizer = train_tokenizer()
-    model = new_model(tokenizer)
-    batches = iter(DataLoader(Examples(tokenizer, 100 * seed + rank, steps), batch_size=None, num_workers=1))
+    model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32) if start else new_model(tokenizer)
+    batches = iter(DataLoader(Examples(tokenizer, 100 * seed + rank, steps, mix), batch_size=None, num_workers=1))
     both = optimizers(model, learning_rate)
     started, log = time.time(), []
-    for step in range(1, steps + 1):
+    last = stop or steps
+    for step in range(1, last + 1):
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_on(model, *next(batches))
         loss.backward()
         _average_gradients(model, world_size)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        scale = min(step / 100, 1.0, max(0.01, (steps - step) / (0.5 * steps)))  # warm up, hold, then decay
+        scale = min(step / 100, 1.0, max(0.01, (steps - step) / ((1 - hold) * steps)))
         for optimizer in both:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate * scale
             optimizer.step()
             optimizer.zero_grad()
-        if rank == 0 and (step % 50 == 0 or step == steps):
+        if rank == 0 and (step % 50 == 0 or step == last):
             log.append({"step": step, "loss": round(loss.item(), 4), "seconds": round(time.time() - started)})
-            if step % 250 == 0 or step == steps:
+            if step % 250 == 0 or step == last:
                 log[-1]["reading"] = round(reading_skill(model, tokenizer, seed=10_000 + seed), 3)
                 _save(out, model, tokenizer, log)
-            print(log[-1], f"{(time.time() - started) / step * (steps - step) / 60:.0f} min left", flush=True)
+            print(log[-1], f"{(time.time() - started) / step * (last - step) / 60:.0f} min left", flush=True)
 
 
 def _average_gradients(model: Qwen2ForCausalLM, world_size: int) -> None:
@@ -208,7 +218,15 @@ def _save(out: Path, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/tiny-base"))
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--start", type=Path, help="a folder of weights to begin from")
+    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--stop", type=int, help="end at this step, the learning rate still being that of --steps")
+    parser.add_argument("--drills-only", type=float, default=Mix.drills_only)
+    parser.add_argument("--drill-share", type=float, default=Mix.drill_share)
+    parser.add_argument("--short-prompt", type=float, default=Mix.short_prompt)
     parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--hold", type=float, default=0.5, help="share of the steps before the learning rate falls")
     parser.add_argument("--seed", type=int, default=0)
-    pretrain(**vars(parser.parse_args()))
+    given = vars(parser.parse_args())
+    mix = Mix(given.pop("drills_only"), given.pop("drill_share"), given.pop("short_prompt"))
+    pretrain(mix=mix, **given)
