@@ -4,6 +4,8 @@
 #
 # make saved    run the notebooks in place, as they are committed
 # make results  sum up and draw the runs of data/results/runs
+# make runs     make those runs again (three seeds, masked and unmasked)
+# make tiny-base  pretrain the tiny model again
 #
 # PYTHON=python3.12       another Python (3.11 or later)
 # PIP_ARGS="..."          more arguments for every pip install, e.g. an index or a proxy of yours
@@ -16,7 +18,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 NOTEBOOK_SECONDS ?= 600
 
-.PHONY: tour test lab style notebooks saved results constraints
+.PHONY: tour test lab style notebooks saved runs results tiny-base constraints
 .DELETE_ON_ERROR:
 
 tour: $(READY)
@@ -44,6 +46,18 @@ saved: $(READY)
 results: $(READY)
 	$(PY) -m searchr1_lite.analysis.summary data/results/runs/* --out data/results/summary.json
 	$(PY) -m searchr1_lite.analysis.figures --runs data/results/runs --out data/results/masked_vs_unmasked.png
+
+runs: $(READY)
+	for seed in 0 1 2; do for mask in masked unmasked; do $(PY) -m searchr1_lite.training \
+	  --run-folder data/results/runs/tiny-$$mask-seed$$seed seed=$$seed masked=$$([ $$mask = masked ] && echo true || echo false) \
+	  || exit 1; done; done
+
+PRETRAIN := .venv/bin/torchrun --nproc-per-node 2 -m searchr1_lite.pretraining.pretrain
+tiny-base: export OMP_NUM_THREADS = 1
+tiny-base: $(READY)
+	$(PRETRAIN) --out data/cache/tiny-base-first --steps 3200 --stop 2000
+	$(PRETRAIN) --weights data/cache/tiny-base-first --out data/tiny-base --seed 1 --steps 1100 --learning-rate 3e-3 --hold 0 \
+	  --drills-only 0 --drill-share 0.5 --short-prompt 0.45
 
 # On Linux, PyPI's torch brings several GB of CUDA: without an NVIDIA card, PyTorch's own index of CPU builds is asked
 # too, where it can be reached. Other systems get a CPU build from PyPI.

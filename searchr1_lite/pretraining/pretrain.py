@@ -165,16 +165,16 @@ def optimizers(model: Qwen2ForCausalLM, learning_rate: float) -> list[torch.opti
 
 
 def pretrain(
-    out: Path, start: Path | None, steps: int, stop: int | None, mix: Mix, learning_rate: float, hold: float, seed: int
+    out: Path, weights: Path | None, steps: int, stop: int | None, mix: Mix, learning_rate: float, hold: float, seed: int
 ) -> None:
-    """Train for `steps` steps, or end at step `stop` of them. `start`: weights to begin from."""
+    """Train for `steps` steps, or end at step `stop` of them. `weights`: a folder to begin from."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         dist.init_process_group("gloo")
         torch.set_num_threads(1)
     torch.manual_seed(seed)
     tokenizer = train_tokenizer()
-    model = Qwen2ForCausalLM.from_pretrained(start, dtype=torch.float32) if start else new_model(tokenizer)
+    model = Qwen2ForCausalLM.from_pretrained(weights, dtype=torch.float32) if weights else new_model(tokenizer)
     batches = iter(DataLoader(Examples(tokenizer, 100 * seed + rank, steps, mix), batch_size=None, num_workers=1))
     both = optimizers(model, learning_rate)
     started, log = time.time(), []
@@ -218,7 +218,7 @@ def _save(out: Path, model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/tiny-base"))
-    parser.add_argument("--start", type=Path, help="a folder of weights to begin from")
+    parser.add_argument("--weights", type=Path, help="a folder of weights to begin from")
     parser.add_argument("--steps", type=int, default=3200)
     parser.add_argument("--stop", type=int, help="end at this step, the learning rate still being that of --steps")
     parser.add_argument("--drills-only", type=float, default=Mix.drills_only)

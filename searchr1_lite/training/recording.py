@@ -153,13 +153,11 @@ def _version(package: str) -> str | None:
 
 
 def _command() -> str:
-    program, *arguments = sys.argv
-    if "ipykernel" in program:
+    program = Path(sys.argv[0])
+    if "ipykernel" in sys.argv[0]:
         return "a notebook"
-    path = Path(program)
-    name = f"python -m searchr1_lite.{path.parent.name}" if path.name == "__main__.py" else path.name
-    return " ".join([name, *arguments])
-
+    name = f"python -m searchr1_lite.{program.parent.name}" if program.name == "__main__.py" else program.name
+    return " ".join([name, *sys.argv[1:]])
 
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
