@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from searchr1_lite.analysis.runs import Run, RunError, load_run
+from searchr1_lite.evaluation.metrics import mean, seed_interval
 from searchr1_lite.jsonl import write_json
 
 
@@ -53,6 +54,31 @@ def summarise_runs(runs: Sequence[Run], command: str) -> dict[str, Any]:
     }
 
 
+def markdown_table(summary: dict[str, Any]) -> str:
+    """The summary as README shows it: mean over seeds and half the width of Student's 95 % interval."""
+    runs = summary["runs"]
+    columns = {"before training": [run["before"] for run in runs if run["masked"]]}
+    columns["after, masked"] = [run["after"] for run in runs if run["masked"]]
+    columns["after, unmasked"] = [run["after"] for run in runs if not run["masked"]]
+    hops = sorted(runs[0]["before"]["exact_match_by_hops"])
+    rows = {"exact match": lambda scores: scores["exact_match"]}
+    rows |= {f"exact match, {hop} hop": lambda scores, hop=hop: scores["exact_match_by_hops"][hop] for hop in hops}
+    rows |= {f"searches, {hop} hop": lambda scores, hop=hop: scores["mean_searches_by_hops"][hop] for hop in hops}
+    rows |= {"tokens written": lambda scores: scores["response_length"]}
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for name, value in rows.items():
+        digits = 0 if name == "tokens written" else 2
+        cells = [_mean_and_half_width([value(scores) for scores in column], digits) for column in columns.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _mean_and_half_width(values: list[float], digits: int) -> str:
+    low, high = seed_interval(values)
+    spread = f" ± {(high - low) / 2:.{digits}f}" if high > low else ""
+    return f"{mean(values):.{digits}f}{spread}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m searchr1_lite.analysis.summary", description="Sum up run folders.")
     parser.add_argument("folders", nargs="+", type=Path, help="run folders")
@@ -65,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RunError as error:
         sys.exit(f"error: {error}")
     write_json(given.out, summary)
-    print(f"{given.out}: {len(summary['runs'])} runs")
+    print(f"{given.out}: {len(summary['runs'])} runs\n")
+    print(markdown_table(summary))
 
 
 if __name__ == "__main__":

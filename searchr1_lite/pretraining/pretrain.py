@@ -165,7 +165,14 @@ def optimizers(model: Qwen2ForCausalLM, learning_rate: float) -> list[torch.opti
 
 
 def pretrain(
-    out: Path, weights: Path | None, steps: int, stop: int | None, mix: Mix, learning_rate: float, hold: float, seed: int
+    out: Path,
+    weights: Path | None,
+    steps: int,
+    stop: int | None,
+    mix: Mix,
+    learning_rate: float,
+    hold: float,
+    seed: int,
 ) -> None:
     """Train for `steps` steps, or end at step `stop` of them. `weights`: a folder to begin from."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

@@ -159,5 +159,6 @@ def _command() -> str:
     name = f"python -m searchr1_lite.{program.parent.name}" if program.name == "__main__.py" else program.name
     return " ".join([name, *sys.argv[1:]])
 
+
 def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

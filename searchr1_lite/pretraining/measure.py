@@ -1,0 +1,73 @@
+"""What the tiny base can and does before any reinforcement: reading, closed-book answers, sampled habits.
+
+    python -m searchr1_lite.pretraining.measure --out data/tiny-base/measured.json
+
+Everything is measured on the test questions of the default world, whose names the base has never seen.
+"""
+
+import random
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from searchr1_lite.config import Profile, load_profile
+from searchr1_lite.evaluation.evaluate import closed_book, evaluate
+from searchr1_lite.jsonl import write_json
+from searchr1_lite.pretraining.pretrain import encode_segments
+from searchr1_lite.pretraining.transcripts import Writer
+from searchr1_lite.retrieval.sparse import BM25Retriever
+from searchr1_lite.rollout.policy import Policy, load_policy
+from searchr1_lite.rollout.protocol import encode_prompt
+from searchr1_lite.tasks.questions import load_questions
+from searchr1_lite.tasks.toy_world import ToyWorld
+from searchr1_lite.training.recording import environment
+from searchr1_lite.training.rewards import exact_match
+
+
+@torch.no_grad()
+def reading(policy: Policy, profile: Profile, questions: int) -> float:
+    """Share of one-hop test questions answered right, greedily, once a good query and its passages stand there."""
+    world = ToyWorld(0)
+    rng = random.Random(0)
+    writer = Writer(world, BM25Retriever.build(world.passages()), profile.topk, rng)
+    chains = rng.sample([chain for chain in world.chains("test") if len(chain) == 1], questions)
+    right = 0.0
+    for facts in chains:
+        question, segments = writer.transcript_about(facts, "hop by hop")
+        ids = encode_prompt(policy.tokenizer, question, profile.chat_template)
+        ids += encode_segments(policy.tokenizer, segments[:2], learn_all=False)[0]
+        inputs = torch.tensor([ids], device=policy.device)
+        output = policy.model.generate(
+            inputs, attention_mask=torch.ones_like(inputs), max_new_tokens=profile.max_response_tokens, do_sample=False
+        )
+        said = policy.tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+        right += exact_match(said, [facts[-1].value])
+    return right / len(chains)
+
+
+def measure(questions: int) -> dict[str, Any]:
+    """Reading with and without NF4; greedy and sampled answers with search; greedy answers without."""
+    profile = load_profile("tiny")
+    asked = load_questions(profile.questions, profile.test_split)[:questions]
+    retriever = BM25Retriever.build(ToyWorld(0).passages())
+    plain = load_policy(profile.model_copy(update={"quantization": "none"}))
+    policy = load_policy(profile)
+    result = {
+        "reading, unquantised": reading(plain, profile, questions),
+        "reading": reading(policy, profile, questions),
+        "closed_book": closed_book(policy, asked, profile),
+        "greedy": evaluate(policy, asked, retriever, profile, greedy=True)[0],
+        "sampled": evaluate(policy, asked * 4, retriever, profile, greedy=False)[0],
+    }
+    return environment(policy) | result
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    write_json(given.out, measured := measure(given.questions))
+    print({name: value for name, value in measured.items() if isinstance(value, float)})
