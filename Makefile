@@ -55,9 +55,12 @@ runs: $(READY)
 PRETRAIN := .venv/bin/torchrun --nproc-per-node 2 -m searchr1_lite.pretraining.pretrain
 tiny-base: export OMP_NUM_THREADS = 1
 tiny-base: $(READY)
-	$(PRETRAIN) --out data/cache/tiny-base-first --steps 3200 --stop 2000
-	$(PRETRAIN) --weights data/cache/tiny-base-first --out data/tiny-base --seed 1 --steps 1100 --learning-rate 3e-3 --hold 0 \
-	  --drills-only 0 --drill-share 0.5 --short-prompt 0.45
+	$(PRETRAIN) --out data/cache/tiny-base-1 --practice --steps 3200 --stop 2000
+	$(PRETRAIN) --weights data/cache/tiny-base-1 --out data/cache/tiny-base-2 --practice --seed 1 --steps 1100 \
+	  --learning-rate 3e-3 --hold 0 --drills-only 0 --drill-share 0.5 --short-prompt 0.45
+	$(PRETRAIN) --weights data/cache/tiny-base-2 --out data/tiny-base --seed 2 --steps 220 \
+	  --learning-rate 1e-3 --hold 0 --drills-only 0 --drill-share 0.2 --short-prompt 0
+	$(PY) -m searchr1_lite.pretraining.measure --out data/tiny-base/measured.json
 
 # On Linux, PyPI's torch brings several GB of CUDA: without an NVIDIA card, PyTorch's own index of CPU builds is asked
 # too, where it can be reached. Other systems get a CPU build from PyPI.

@@ -2,8 +2,9 @@
 
 Stages: reading drills, trained on all tokens; then transcripts as well, under a short prompt, trained on what the
 policy writes; last the same under Search-R1's full prompt. Hidden matrices are trained by Muon, the rest by AdamW.
-Two processes of one thread each use two cores best. `make tiny-base` remakes `data/tiny-base/` in two calls, the second
-of which starts from the first's weights with more drills and a falling learning rate.
+Two processes of one thread each use two cores best. `make tiny-base` remakes `data/tiny-base/` in three calls, each
+from the weights of the one before: the second with more drills and a falling learning rate, the third, a short one, with
+the shares of habits that the base is to have.
 
 Left out: resuming, and any evaluation beyond reading (notebooks 02 and 03 look at the rest).
 """
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from searchr1_lite.pretraining.tokenizer import train_tokenizer
-from searchr1_lite.pretraining.transcripts import Segment, Writer, state
+from searchr1_lite.pretraining.transcripts import HABITS, PRACTICE_HABITS, Segment, Writer, state
 from searchr1_lite.retrieval.sparse import BM25Retriever
 from searchr1_lite.rollout.protocol import encode_prompt
 from searchr1_lite.tasks.toy_world import ToyWorld
@@ -73,6 +74,7 @@ class Mix:
     drills_only: float = 0.3  # of the steps, at first
     drill_share: float = 0.3  # of the pieces, after that
     short_prompt: float = 0.75  # up to this share of the steps the prompt's fixed part is left out: half the tokens
+    practice: bool = False  # transcripts in PRACTICE_HABITS' shares instead of HABITS'
 
 
 class Examples(IterableDataset):
@@ -102,7 +104,7 @@ class Examples(IterableDataset):
             if progress < self.mix.drills_only or rng.random() < self.mix.drill_share:
                 yield encode_segments(self.tokenizer, writer.drill(), learn_all=True)
             else:
-                question, segments = writer.transcript()
+                question, segments = writer.transcript(PRACTICE_HABITS if self.mix.practice else HABITS)
                 prompt_ids = self._prompt(question, short=progress < self.mix.short_prompt)
                 ids, learned = encode_segments(self.tokenizer, segments, learn_all=False)
                 yield prompt_ids + ids, [0] * len(prompt_ids) + learned
@@ -231,9 +233,10 @@ if __name__ == "__main__":
     parser.add_argument("--drills-only", type=float, default=Mix.drills_only)
     parser.add_argument("--drill-share", type=float, default=Mix.drill_share)
     parser.add_argument("--short-prompt", type=float, default=Mix.short_prompt)
+    parser.add_argument("--practice", action="store_true", help="every habit often, before the last call")
     parser.add_argument("--learning-rate", type=float, default=4e-3)
     parser.add_argument("--hold", type=float, default=0.5, help="share of the steps before the learning rate falls")
     parser.add_argument("--seed", type=int, default=0)
     given = vars(parser.parse_args())
-    mix = Mix(given.pop("drills_only"), given.pop("drill_share"), given.pop("short_prompt"))
+    mix = Mix(given.pop("drills_only"), given.pop("drill_share"), given.pop("short_prompt"), given.pop("practice"))
     pretrain(mix=mix, **given)

@@ -14,12 +14,19 @@ from searchr1_lite.rollout.protocol import INVALID_ACTION, render_observation
 from searchr1_lite.tasks.toy_world import JOBS, RELATIONS, Fact, ToyWorld, ask, invent_name
 from searchr1_lite.types import Hit, Retriever
 
-HABITS = {
-    "guess": 0.40,  # answers at once, with a made-up name of the right kind
-    "one search": 0.18,  # searches the first link and answers with what it found: right for one hop only
-    "hop by hop": 0.18,  # searches link after link and answers right
-    "useless query": 0.14,  # searches something beside the point, then guesses
-    "malformed": 0.10,  # writes a broken tag, is told so, then guesses or searches once
+HABITS = {  # what the last call of the pretraining leaves the base with
+    "guess": 0.60,  # answers at once, with a made-up name of the right kind
+    "one search": 0.12,  # searches the first link and answers with what it found: right for one hop only
+    "hop by hop": 0.10,  # searches link after link and answers right
+    "useless query": 0.10,  # searches something beside the point, then guesses
+    "malformed": 0.08,  # writes a broken tag, is told so, then guesses or searches once
+}
+PRACTICE_HABITS = {  # of the calls before it: each habit often enough to be learned
+    "guess": 0.40,
+    "one search": 0.18,
+    "hop by hop": 0.18,
+    "useless query": 0.14,
+    "malformed": 0.10,
 }
 USELESS_QUERIES = ["the question", "what is it", "more information", "the answer", "a person", "a city", "facts"]
 
@@ -40,10 +47,10 @@ class Writer:
             hops: [c for s in ("train", "test") for c in world.chains(s) if len(c) == hops] for hops in (1, 2, 3)
         }
 
-    def transcript(self) -> tuple[str, list[Segment]]:
+    def transcript(self, habits: dict[str, float] = HABITS) -> tuple[str, list[Segment]]:
         """A question and what follows it, of a habit drawn by its share; long chains come more often for practice."""
         facts = self.rng.choice(self.chains[self.rng.choice([1, 2, 2, 3])])
-        return self.transcript_about(facts, self.rng.choices(list(HABITS), list(HABITS.values()))[0])
+        return self.transcript_about(facts, self.rng.choices(list(habits), list(habits.values()))[0])
 
     def transcript_about(self, facts: list[Fact], habit: str) -> tuple[str, list[Segment]]:
         write = {
