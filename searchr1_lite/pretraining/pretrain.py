@@ -2,9 +2,9 @@
 
 Stages: reading drills, trained on all tokens; then transcripts as well, under a short prompt, trained on what the
 policy writes; last the same under Search-R1's full prompt. Hidden matrices are trained by Muon, the rest by AdamW.
-Two processes of one thread each use two cores best. `make tiny-base` remakes `data/tiny-base/` in three calls, each
-from the weights of the one before: the second with more drills and a falling learning rate, the third, a short one, with
-the shares of habits that the base is to have.
+Two processes of one thread each use two cores best. `make tiny-base` remakes `data/tiny-base/` in three calls,
+each from the weights of the one before: the second with more drills and a falling learning rate, the third, a short
+one, with the shares of habits that the base is to have.
 
 Left out: resuming, and any evaluation beyond reading (notebooks 02 and 03 look at the rest).
 """

@@ -20,6 +20,7 @@ from searchr1_lite.types import Question
 
 GROWING = ("metrics.jsonl", "trajectories.jsonl.gz")
 MARK = "complete.json"
+MODEL_FILES = ("config.json", "tokenizer*.json", "*.safetensors")  # what a run depends on; a folder may hold more
 
 
 class RunFolderError(ValueError):
@@ -33,9 +34,9 @@ def read_json(path: Path) -> Any:
 def fingerprint(profile: Profile, questions: list[Question], eval_questions: list[Question]) -> dict[str, str]:
     """Checksums of what a profile only names: the model's files (of a local folder) and the questions."""
     folder = resolve_path(profile.model)
-    files = sorted(path for path in folder.glob("*") if path.suffix in {".json", ".safetensors"})
+    parts = [path for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))]
     return {
-        "model": _digest(path.read_bytes() for path in files) if files else profile.model,
+        "model": _digest(path.read_bytes() for path in parts) if parts else profile.model,
         "questions": _digest(_question_bytes(question) for question in questions),
         "eval_questions": _digest(_question_bytes(question) for question in eval_questions),
     }
