@@ -77,7 +77,7 @@ def encode_observation(tokenizer: Any, text: str, max_tokens: int) -> list[int]:
 
     The original cuts the tag off with the rest (Search-R1 issue 127).
     """
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # it may be longer than the model's context
     if len(ids) <= max_tokens:
         return ids
     if not text.endswith(OBSERVATION_END):
