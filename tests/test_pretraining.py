@@ -65,12 +65,15 @@ def test_only_what_the_policy_wrote_is_learned_from_in_transcripts(tokenizer, wr
 
 
 def test_batches_keep_their_size_and_stages(tokenizer):
-    batches = list(Examples(tokenizer, 0, 24, Mix()))
-    first, last = batches[0], batches[-1]
+    batches = list(Examples(tokenizer, 0, 40, Mix(drills_only=0.1, short_prompt=0.2)))
     assert all(ids.numel() <= TOKENS_PER_BATCH for ids, _ in batches)
-    assert "Question:" not in tokenizer.decode(first[0][0]) and first[1][0].sum() > 0
-    texts = Counter("You must conduct reasoning" in tokenizer.decode(row) for row in last[0])
-    assert texts[True] > 0  # the full prompt comes at the end
+
+    def prompts(some):
+        texts = [tokenizer.decode(row) for ids, _ in some for row in ids]
+        return Counter("full" if "You must conduct" in t else "short" if "Question:" in t else "none" for t in texts)
+
+    assert set(prompts(batches[:4])) == {"none"}  # drills first
+    assert set(prompts(batches[-8:])) == {"none", "full"}  # the full prompt last
 
 
 @pytest.mark.parametrize("tag", ["think", "search", "information", "answer"])

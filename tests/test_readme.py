@@ -32,7 +32,7 @@ def test_the_habits_quoted_are_those_pretrained_on():
     for habit, words in {
         "hop by hop": "{} % search properly",
         "guess": "{} % guess",
-        "one search": "{} % search\nonce",
+        "one search": "{} % search once",
         "useless query": "{} % search for something useless",
         "malformed": "{} % break their tags",
     }.items():
