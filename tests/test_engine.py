@@ -4,6 +4,7 @@ import dataclasses
 from itertools import chain, pairwise
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import OverlapRetriever, make_model
@@ -11,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from searchr1_lite.rollout import engine
 from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError, rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import (
@@ -417,3 +419,12 @@ def test_mode_is_restored_and_checkpointing_does_no_harm(policy, retriever, prof
     policy.model.train(training)
     assert rollout(policy, QUESTIONS, retriever, profile, seed=1) == expected
     assert policy.model.training is training
+
+
+def test_an_end_token_without_a_tag_sign_ends_a_turn(policy):
+    """Models may name several end tokens; none of them needs to hold the '>' that makes the engine look closer."""
+    end = policy.tokenizer.convert_tokens_to_ids("a")
+    policy.model.generation_config.eos_token_id = [policy.tokenizer.eos_token_id, end]
+    stops = engine._Stops(policy, policy.model.config.vocab_size)
+    assert stops.worth_a_look[end] and stops.ended(np.array([5, end]))
+    assert not stops.worth_a_look[policy.tokenizer.convert_tokens_to_ids("b")]
