@@ -11,6 +11,7 @@ from trl import GRPOTrainer
 
 from searchr1_lite.config import load_profile
 from searchr1_lite.rollout.engine import rollout
+from searchr1_lite.rollout.policy import load_policy
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
 from searchr1_lite.training import grpo
 from searchr1_lite.training.objective import group_advantages, grpo_loss, token_logprobs
@@ -177,6 +178,17 @@ def test_the_engine_and_the_trainer_agree_on_log_probabilities(policy, tmp_path,
             )[0][0]
         own = torch.tensor(t.loss_mask).bool()
         torch.testing.assert_close(scored[own], torch.tensor(t.logprobs)[own], atol=1e-4, rtol=0)
+
+
+def test_the_adapter_is_in_32_bits_on_a_4_bit_base(tmp_path):
+    """TRL casts it to bfloat16 there, in which small updates are rounded away."""
+    profile = tiny(quantization="nf4")
+    four_bits = load_policy(profile)
+    if four_bits.quantization != "nf4":
+        pytest.skip("bitsandbytes does not work here")
+    trainer = grpo.build_trainer(profile, tmp_path, four_bits, QUESTIONS[:2], None)
+    assert {parameter.dtype for parameter in adapter(trainer)} == {torch.float32}
+    assert any(parameter.dtype == torch.uint8 for parameter in trainer.model.parameters())
 
 
 def test_columns_for_trl():
