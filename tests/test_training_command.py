@@ -2,7 +2,9 @@
 
 import pytest
 
+from searchr1_lite.config import ROOT
 from searchr1_lite.training import __main__ as command
+from searchr1_lite.training import recording
 
 
 def test_settings_are_read_as_yaml_and_reach_the_profile(monkeypatch, tmp_path):
@@ -24,3 +26,17 @@ def test_a_word_without_a_value_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main(["--run-folder", str(tmp_path), "masked"])
     assert "'masked' is not of the form name=value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (ROOT / "searchr1_lite/training/__main__.py", "python -m searchr1_lite.training seed=3"),
+        (ROOT / "searchr1_lite/pretraining/measure.py", "python -m searchr1_lite.pretraining.measure seed=3"),
+        ("/elsewhere/ipykernel_launcher.py", "a notebook"),
+        ("/elsewhere/bin/pytest", "pytest seed=3"),
+    ],
+)
+def test_the_command_kept_with_a_run_is_one_that_can_be_typed(monkeypatch, program, said):
+    monkeypatch.setattr("sys.argv", [str(program), "seed=3"])
+    assert recording._command() == said

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from searchr1_lite.config import Profile
+from searchr1_lite.config import ROOT, Profile
 from searchr1_lite.evaluation.metrics import by_hops, mean
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.trajectory import Trajectory, trajectory_to_row
@@ -153,10 +153,13 @@ def _version(package: str) -> str | None:
 
 
 def _command() -> str:
+    """What a person types to do this again, without where it lay on this machine."""
     program = Path(sys.argv[0])
     if "ipykernel" in sys.argv[0]:
         return "a notebook"
-    name = f"python -m searchr1_lite.{program.parent.name}" if program.name == "__main__.py" else program.name
+    name = program.name
+    if program.is_relative_to(ROOT / "searchr1_lite"):
+        name = "python -m " + ".".join(program.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
     return " ".join([name, *sys.argv[1:]])
 
 
