@@ -3,8 +3,8 @@
 import pytest
 
 from searchr1_lite.config import ROOT
+from searchr1_lite.provenance import command as command_typed
 from searchr1_lite.training import __main__ as command
-from searchr1_lite.training import recording
 
 
 def test_settings_are_read_as_yaml_and_reach_the_profile(monkeypatch, tmp_path):
@@ -39,4 +39,4 @@ def test_a_word_without_a_value_is_refused(tmp_path, capsys):
 )
 def test_the_command_kept_with_a_run_is_one_that_can_be_typed(monkeypatch, program, said):
     monkeypatch.setattr("sys.argv", [str(program), "seed=3"])
-    assert recording._command() == said
+    assert command_typed() == said

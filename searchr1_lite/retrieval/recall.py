@@ -5,15 +5,11 @@ records the figures. Ranking measures with graded judgements are left out; ir-me
 """
 
 import argparse
-import os
-import platform
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
-from searchr1_lite.config import ROOT
 from searchr1_lite.jsonl import write_json
+from searchr1_lite.provenance import provenance
 from searchr1_lite.types import Passage, Question, Retriever
 
 KS = (1, 3, 5, 10)
@@ -73,16 +69,6 @@ def _measure_all(passages: list[Passage], questions: list[Question], encoder_nam
         yield measure(name, load_retriever(profile, passages), questions)
 
 
-def _relative(path: str) -> str:
-    return Path(os.path.relpath(path, ROOT)).as_posix()
-
-
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the recall of supporting passages, sparse and dense.")
     parser.add_argument("--corpus", required=True, help=".jsonl(.gz) of passages")
@@ -96,13 +82,7 @@ def main() -> None:
     passages, questions = load_corpus(args.corpus), read_questions(args.questions)
     check_supporting(questions, passages)
     libraries = ["bm25s", "PyStemmer", "faiss-cpu", "sentence-transformers", "transformers", "torch", "numpy"]
-    record = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": os.environ.get("OMP_NUM_THREADS", "all")},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in libraries},
-        "command": "python -m searchr1_lite.retrieval.recall "
-        f"--corpus {_relative(args.corpus)} --questions {_relative(args.questions)} --encoder {args.encoder} "
-        f"--out {_relative(args.out)}",
+    record = provenance(libraries) | {
         "corpus": {"passages": len(passages), "checksum": corpus_checksum(passages)},
         "questions": len(questions),
         "results": [],

@@ -6,22 +6,18 @@ evaluation.json (before, after, closed book; written last) and adapter/. `analys
 
 import gzip
 import json
-import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from searchr1_lite.config import ROOT, Profile
+from searchr1_lite.config import Profile
 from searchr1_lite.evaluation.metrics import by_hops, mean
+from searchr1_lite.provenance import provenance
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.trajectory import Trajectory, trajectory_to_row
 from searchr1_lite.training import checkpoints
@@ -126,41 +122,9 @@ def append_trajectories(
 
 def environment(policy: Policy) -> dict[str, Any]:
     """When, on what and with what a run was made."""
-    gpu = torch.cuda.get_device_name() if policy.device.type == "cuda" else None
-    names = ["torch", "transformers", "trl", "peft", "bitsandbytes"]
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": {"cpu": _cpu_model(), "cores": os.cpu_count(), "gpu": gpu, "system": platform.system()},
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
-        "command": _command(),
-        "quantization": policy.quantization,
-    }
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _command() -> str:
-    """What a person types to do this again, without where it lay on this machine."""
-    program = Path(sys.argv[0])
-    if "ipykernel" in sys.argv[0]:
-        return "a notebook"
-    name = program.name
-    if program.is_relative_to(ROOT / "searchr1_lite"):
-        name = "python -m " + ".".join(program.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
-    return " ".join([name, *sys.argv[1:]])
+    made = provenance(["torch", "transformers", "trl", "peft", "bitsandbytes"])
+    made["machine"]["gpu"] = torch.cuda.get_device_name() if policy.device.type == "cuda" else None
+    return made | {"quantization": policy.quantization}
 
 
 def _duration(seconds: float) -> str:
