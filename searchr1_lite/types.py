@@ -9,11 +9,19 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """One retrievable text. `title` carries no surrounding quotes, whatever the corpus file had."""
+    """One retrievable text. `title` is without quotes; `quoted` says whether the corpus file writes them, as wiki-18
+    does for most of its passages.
+    """
 
     id: str
     title: str
     text: str
+    quoted: bool = True
+
+    @property
+    def title_line(self) -> str:
+        """The title as the corpus file has it, which is what Search-R1 shows the model and its encoder."""
+        return f'"{self.title}"' if self.quoted else self.title
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ def test_rows_become_passages_in_order(tmp_path: Path, name: str) -> None:
     assert list(read_corpus(write(tmp_path / name, *lines))) == [
         Passage("a", "Oslo", "Oslo is the capital."),
         Passage("7", "Båtsfjord", "A port."),
-        Passage("c", "No quotes", "line one\nline two"),
+        Passage("c", "No quotes", "line one\nline two", quoted=False),
         Passage("d", 'The "Best" Of', "An album."),
         Passage("e", "Alone", ""),
     ]
@@ -114,9 +114,19 @@ def test_checksum_sees_where_a_field_ends() -> None:
     assert corpus_checksum([Passage("1", "a", 'b"]\n["2')]) != corpus_checksum([Passage("1", "a", "b")])
 
 
-@given(st.text(alphabet=st.characters(exclude_characters="\n")), st.text())
-def test_contents_survive_joining_and_splitting(title: str, text: str) -> None:
-    assert split_contents(join_contents(Passage("1", title, text))) == (title, text)
+TITLE_LINES = st.text(alphabet=st.characters(exclude_characters="\n")) | st.sampled_from(['"', '""', '"a', '"a" "b"'])
+
+
+@given(TITLE_LINES | st.text().map(lambda line: '"' + line.replace("\n", "") + '"'), st.text())
+def test_contents_survive_splitting_and_joining(title_line: str, text: str) -> None:
+    contents = f"{title_line}\n{text}"
+    assert join_contents(Passage("1", *split_contents(contents))) == contents
+
+
+def test_quotes_around_a_title_are_remembered() -> None:
+    assert split_contents('"Oslo"\ntext') == ("Oslo", "text", True)
+    assert split_contents("Oslo\ntext") == ("Oslo", "text", False)
+    assert corpus_checksum([Passage("1", "a", "b", True)]) != corpus_checksum([Passage("1", "a", "b", False)])
 
 
 def test_toy_corpus_loads() -> None:

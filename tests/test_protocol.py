@@ -97,6 +97,13 @@ def test_observation_by_hand():
     )
 
 
+def test_a_title_is_shown_as_the_corpus_writes_it():
+    found = [Hit(Passage("1", "Belmar", "A.", quoted=False), 1.0), Hit(Passage("2", "Old Belmar", "B."), 1.0)]
+    assert render_observation(found) == (
+        '\n\n<information>Doc 1(Title: Belmar) A.\nDoc 2(Title: "Old Belmar") B.</information>\n\n'
+    )
+
+
 def test_no_hits_make_an_empty_block():
     assert render_observation([]) == "\n\n<information></information>\n\n"
 

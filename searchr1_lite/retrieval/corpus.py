@@ -36,32 +36,35 @@ def read_corpus(path: str | os.PathLike) -> Iterator[Passage]:
 def _passage(row: dict[str, Any], where: str) -> Passage:
     key = id_field(row, where, CorpusError)
     if "contents" in row or "text" not in row:
-        title, text = split_contents(text_field(row, "contents", where, CorpusError))
+        title, text, quoted = split_contents(text_field(row, "contents", where, CorpusError))
     else:
         title, text = (text_field(row, name, where, CorpusError) for name in ("title", "text"))
+        quoted = True
     if not (title.strip() or text.strip()):
         raise CorpusError(f"{where}: passage {key!r} is empty")
-    return Passage(key, title, text)
+    return Passage(key, title, text, quoted)
 
 
-def split_contents(contents: str) -> tuple[str, str]:
-    """Title and text. The first line is the title (Search-R1 search_r1/llm_agent/generation.py), without its quotes."""
+def split_contents(contents: str) -> tuple[str, str, bool]:
+    """Title without quotes, text, and whether there were quotes.
+
+    The first line is the title (Search-R1 search_r1/llm_agent/generation.py, _passages2string).
+    """
     title, _, text = contents.partition("\n")
-    if len(title) >= 2 and title[0] == title[-1] == '"':
-        title = title[1:-1]
-    return title, text
+    quoted = len(title) >= 2 and title[0] == title[-1] == '"'
+    return title[1:-1] if quoted else title, text, quoted
 
 
 def join_contents(passage: Passage) -> str:
     """`"title"\\ntext`, as the original's corpus file has it and as its encoder reads it."""
-    return f'"{passage.title}"\n{passage.text}'
+    return f"{passage.title_line}\n{passage.text}"
 
 
 def corpus_checksum(passages: Iterable[Passage]) -> str:
     """SHA-256 over ids, titles and texts in order; any change or another order gives another checksum."""
     digest = hashlib.sha256()
     for passage in passages:
-        line = json.dumps([passage.id, passage.title, passage.text], ensure_ascii=False)
+        line = json.dumps([passage.id, passage.title_line, passage.text], ensure_ascii=False)
         digest.update(line.encode("utf-8") + b"\n")
     return digest.hexdigest()
 

@@ -67,7 +67,7 @@ def parse_action(text: str) -> Action:
 def render_observation(hits: Sequence[Hit]) -> str:
     """The text that answers a search, best passage first; no hits make an empty information block."""
     documents = "".join(
-        f'Doc {rank}(Title: "{hit.passage.title}") {hit.passage.text}\n' for rank, hit in enumerate(hits, start=1)
+        f"Doc {rank}(Title: {hit.passage.title_line}) {hit.passage.text}\n" for rank, hit in enumerate(hits, start=1)
     )
     return f"\n\n<information>{documents.strip()}</information>\n\n"
 
