@@ -58,7 +58,10 @@ class Profile(BaseModel):
 
     # Learning
     masked: bool  # True: learn only from tokens that the model wrote. False: from retrieved tokens too (the ablation)
-    reward: Literal["exact_match", "format"]
+    reward: Literal["exact_match", "f1", "substring_match", "format", "retrieval"]  # see training/rewards.py
+    reward_reads_prompt: bool = (
+        False  # True: score prompt and response as one text, as Search-R1 does; False: the response
+    )
     steps: Positive
     questions_per_step: Positive
     group_size: Annotated[int, Field(ge=2)]  # rollouts a question

@@ -247,11 +247,15 @@ def make_rollout_func(
                 seed=seed,
             )
         set_seed(seed)  # what follows (micro-batches, dropout) depends on the step alone as well
-        rewards = [trajectory_reward(trajectory, profile.reward) for trajectory in trajectories]
+        rewards = [_reward(trajectory, profile) for trajectory in trajectories]
         recorder.record(step + 1, trajectories, rewards, time.perf_counter() - start)
         return trl_columns(trajectories, profile.masked, policy.tokenizer.eos_token_id) | {"reward": rewards}
 
     return rollout_func
+
+
+def _reward(trajectory: Trajectory, profile: Profile) -> float:
+    return trajectory_reward(trajectory, profile.reward, profile.reward_reads_prompt)
 
 
 def trl_columns(trajectories: Sequence[Trajectory], masked: bool, eos: int) -> dict[str, list[list]]:
@@ -322,7 +326,7 @@ def _evaluate(
 ) -> dict[str, Any]:
     summary, trajectories = evaluate(policy, questions, retriever, profile, progress=progress)
     samples = trajectories[:EVALUATION_SAMPLES]
-    rewards = [trajectory_reward(trajectory, profile.reward) for trajectory in samples]
+    rewards = [_reward(trajectory, profile) for trajectory in samples]
     append_trajectories(run_folder, samples, rewards, 0 if phase == "before" else profile.steps, phase)
     return summary
 

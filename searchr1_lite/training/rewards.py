@@ -1,16 +1,19 @@
-"""What a response earns: exact match of its last answer, and the format-aware variant of Search-R1's v0.3.
+"""What a response earns: exact match of its last answer, F1, substring match, and Search-R1's format-aware rewards.
 
 Rewards read the response only. The original scores prompt and response together and therefore needs two `<answer>`
-spans, the first being the prompt's example (Search-R1 verl/utils/reward_score/qa_em.py); here the prompt never
-takes part. No learned rewards, no partial credit for words.
+spans, the first being the prompt's example (Search-R1 verl/utils/reward_score/qa_em.py, extract_solution); a `prompt`
+given to a score here switches to that. No learned rewards.
 """
 
 import re
 import string
+from collections import Counter
 from collections.abc import Sequence
 
+from searchr1_lite.rollout.protocol import render_prompt
 from searchr1_lite.rollout.trajectory import Trajectory
 
+RETRIEVAL = 0.1  # what retrieving the answer adds (the 0.3 in the remarks of Search-R1 qa_em_format.py)
 TAG = re.compile(r"(</?(?:think|search|information|answer)>)")
 
 # Where each tag may stand and where it leads: think, then search, information and think again as often as wanted,
@@ -27,10 +30,14 @@ NEXT_STATE = {
 }
 
 
-def last_answer(response: str) -> str | None:
-    """The text of the last `<answer>...</answer>` of a response, or None."""
-    found = re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL)
-    return found[-1].strip() if found else None
+def last_answer(response: str, prompt: str | None = None) -> str | None:
+    """The text of the last `<answer>...</answer>` of a response, or None.
+
+    With a `prompt` the two are read as one text, in which the original wants at least two spans.
+    """
+    found = re.findall(r"<answer>(.*?)</answer>", (prompt or "") + response, re.DOTALL)
+    needed = 1 if prompt is None else 2
+    return found[-1].strip() if len(found) >= needed else None
 
 
 def normalize_answer(text: str) -> str:
@@ -39,20 +46,50 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def exact_match(response: str, golden_answers: str | Sequence[str]) -> float:
+def exact_match(response: str, golden_answers: str | Sequence[str], prompt: str | None = None) -> float:
     """1.0 if the last answer of `response` equals a golden answer after normalisation, else 0.0.
 
     A single string is one golden answer; none at all is a ValueError. Where normalisation leaves nothing of a
     text ("The The", "?"), the text itself is compared, so that an empty answer never counts as right.
     """
+    answer, golden = _to_compare(response, golden_answers, prompt)
+    return float(answer != "" and answer in golden)
+
+
+def substring_match(response: str, golden_answers: str | Sequence[str], prompt: str | None = None) -> float:
+    """1.0 if a golden answer stands, normalised, within the last answer (Search-R1 qa_em.py, subem_check)."""
+    answer, golden = _to_compare(response, golden_answers, prompt)
+    return float(answer != "" and any(one in answer for one in golden))
+
+
+def f1(response: str, golden_answers: str | Sequence[str], prompt: str | None = None) -> float:
+    """Harmonic mean of precision and recall of the last answer's words against the best golden answer (0 to 1).
+
+    "yes", "no" and "noanswer" get no credit for a shared word: they are right or wrong (HotpotQA's official script).
+    """
+    answer, golden = _to_compare(response, golden_answers, prompt)
+    return max(_word_f1(answer, one) for one in golden) if answer else 0.0
+
+
+def _to_compare(response: str, golden_answers: str | Sequence[str], prompt: str | None) -> tuple[str, list[str]]:
+    """The last answer ("" for none) and the golden answers, normalised unless nothing of them would be left."""
     golden_answers = (golden_answers,) if isinstance(golden_answers, str) else tuple(golden_answers)
     if not golden_answers:
-        raise ValueError("exact_match needs at least one golden answer, got none")
-    answer = last_answer(response)
-    if not answer:
+        raise ValueError("a score needs at least one golden answer, got none")
+    answer = last_answer(response, prompt) or ""
+    return _comparable(answer), [_comparable(golden) for golden in golden_answers]
+
+
+def _comparable(text: str) -> str:
+    return normalize_answer(text) or text.strip().lower()
+
+
+def _word_f1(answer: str, golden: str) -> float:
+    if answer != golden and {answer, golden} & {"yes", "no", "noanswer"}:
         return 0.0
-    answer = normalize_answer(answer) or answer.lower()
-    return float(any(answer == (normalize_answer(golden) or golden.strip().lower()) for golden in golden_answers))
+    said, wanted = answer.split(), golden.split()
+    shared = (Counter(said) & Counter(wanted)).total()
+    return 2 * shared / (len(said) + len(wanted))
 
 
 def has_valid_format(response: str) -> bool:
@@ -74,6 +111,7 @@ def format_reward(
     structure: float = 0.2,
     final: float = 0.1,
     retrieval: float = 0.0,
+    prompt: str | None = None,
 ) -> float:
     """Exact match graded by format, with the six outcomes and the weights of Search-R1's v0.3 (qa_em_format.py).
 
@@ -82,11 +120,11 @@ def format_reward(
     `response` holds the retrieved blocks too.
     """
     valid = has_valid_format(response)
-    if exact_match(response, golden_answers):
+    if exact_match(response, golden_answers, prompt):
         return 1.0 if valid else 1.0 - structure
     if valid:
         return structure + (retrieval if answer_was_retrieved(response, golden_answers) else 0.0)
-    return final if last_answer(response) is not None else 0.0
+    return final if last_answer(response, prompt) is not None else 0.0
 
 
 def answer_was_retrieved(response: str, golden_answers: str | Sequence[str]) -> bool:
@@ -96,16 +134,21 @@ def answer_was_retrieved(response: str, golden_answers: str | Sequence[str]) -> 
     return any(normalize_answer(golden) in block for golden in golden_answers for block in blocks)
 
 
-def trajectory_reward(trajectory: Trajectory, kind: str) -> float:
-    """The reward of one trajectory; `kind` is the profile's `reward`, "exact_match" or "format".
+def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = False) -> float:
+    """The reward of one trajectory; `kind` and `reads_prompt` are the profile's `reward` and `reward_reads_prompt`.
 
-    A passage may hold `<answer>` or other tags as ordinary text. Exact match therefore reads only what the model
-    wrote, and the format is judged with the tags inside observations taken out.
+    A passage may hold `<answer>` or other tags as ordinary text. Answers are therefore taken from what the model
+    wrote alone, and the format is judged with the tags inside observations taken out. With `reads_prompt` everything is
+    read as it stands, prompt, passages and all, as the original does.
     """
     golden = trajectory.question.golden_answers
-    if kind == "exact_match":
-        return exact_match(trajectory.policy_text, golden)
-    return format_reward("".join(turn.text + _quoted(turn.observation) for turn in trajectory.turns), golden)
+    prompt = render_prompt(trajectory.question.question) if reads_prompt else None
+    if kind in ("format", "retrieval"):
+        quoted = "".join(turn.text + _quoted(turn.observation) for turn in trajectory.turns)
+        response = trajectory.response if reads_prompt else quoted
+        return format_reward(response, golden, retrieval=RETRIEVAL if kind == "retrieval" else 0.0, prompt=prompt)
+    score = {"exact_match": exact_match, "f1": f1, "substring_match": substring_match}[kind]
+    return score(trajectory.response if reads_prompt else trajectory.policy_text, golden, prompt)
 
 
 def _quoted(observation: str) -> str:
