@@ -1,6 +1,12 @@
 """A small policy with random weights and a real byte-level tokenizer, made on the spot; nothing trained, no network."""
 
 import os
+import sys
+from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from unittest.mock import MagicMock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -32,7 +38,7 @@ TEXTS = [
 ]
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: list[str] = TEXTS, vocab_size: int = 640) -> PreTrainedTokenizerFast:
     """Byte-level BPE with Qwen's pre-tokenisation, in which '>' merges with the newlines after it."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
@@ -45,12 +51,30 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=640, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    bpe.train_from_iterator(TEXTS, trainer)
+    bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+@cache
+def original(path: str) -> ModuleType:
+    """A module of Search-R1's own code, from the checkout that the environment variable SEARCH_R1 names; skips if none.
+
+    What its modules import and these tests do not reach (verl, requests) is replaced by empty modules.
+    """
+    root = os.environ.get("SEARCH_R1")
+    if not root:
+        pytest.skip("SEARCH_R1 names no checkout of PeterGriffinJin/Search-R1 to compare with")
+    for name in ("verl", "verl.utils", "verl.utils.tracking", "requests", "original.tensor_helper"):
+        sys.modules.setdefault(name, MagicMock())
+    spec = spec_from_file_location(f"original.{Path(path).stem}", Path(root) / path)
+    module = module_from_spec(spec)
+    sys.modules["original"] = ModuleType("original")
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_model(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
@@ -68,6 +92,14 @@ def make_model(vocab_size: int, seed: int = 0) -> Qwen2ForCausalLM:
         initializer_range=0.1,
     )
     return Qwen2ForCausalLM(config).eval()
+
+
+def chatml(text: str) -> str:
+    """A user message as Qwen's chat template wraps it."""
+    return (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 class OverlapRetriever:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import chatml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -136,13 +137,6 @@ def test_chat_template_wraps_one_user_message(tokenizer):
 def test_without_a_template_the_prompt_stands_alone(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     assert encode_prompt(tokenizer, "Who", True) == tokenizer.encode(render_prompt("Who?"))
-
-
-def chatml(text: str) -> str:
-    return (
-        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-        f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
-    )
 
 
 @pytest.fixture(scope="module")

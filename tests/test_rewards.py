@@ -6,17 +6,21 @@ import re
 from pathlib import Path
 
 import pytest
+from conftest import chatml, original
 from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_lite.config import ROOT
+from searchr1_lite.rollout.protocol import render_prompt
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
 from searchr1_lite.training.rewards import (
     exact_match,
+    f1,
     format_reward,
     has_valid_format,
     last_answer,
     normalize_answer,
+    substring_match,
     trajectory_reward,
 )
 from searchr1_lite.types import Question
@@ -68,16 +72,99 @@ def test_exact_match_needs_a_golden_answer():
 
 
 @pytest.mark.skipif(not RECORDED.is_file(), reason=f"no recorded trajectories at shared/data/{RECORDED.name}")
-def test_exact_match_equals_what_was_recorded_of_search_r1():
+def test_scores_equal_what_was_recorded_of_search_r1():
+    """Exact match (from the response alone, and from prompt and response) and F1 on all 2,250 rows; substring match on
+    all whose golden answers are words: the recorder finds "" (of golden answers such as "---") in every answer.
+    """
     with gzip.open(RECORDED, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    different = [
-        (row["run"], row["id"])
-        for row in rows
-        if exact_match(row["response"], row["golden_answers"]) != row["metric_score"]["em"]
-    ]
     assert len(rows) == 2250
-    assert different == []
+    with_nothing_to_find = 0
+    for row in rows:
+        response, golden, recorded = row["response"], row["golden_answers"], row["metric_score"]
+        assert exact_match(response, golden) == recorded["em"], row["id"]
+        assert exact_match(response, golden, prompt=row["prompt"]) == recorded["em"], row["id"]
+        assert f1(response, golden) == pytest.approx(recorded["f1"]), row["id"]
+        if all(normalize_answer(one) for one in golden):
+            assert substring_match(response, golden) == recorded["acc"], row["id"]
+        else:
+            with_nothing_to_find += 1
+    assert with_nothing_to_find < 20
+
+
+@pytest.mark.parametrize(
+    ("answer", "golden", "score"),
+    [
+        ("Oslo", ["Oslo"], 1.0),
+        ("the city of Oslo", ["Oslo"], 0.5),  # 1 of 3 words right ("the" is dropped), 1 of 1 found: 2 x 1 / (3 + 1)
+        ("Oslo Oslo", ["Oslo"], 2 / 3),  # a word counts as often as it is wanted
+        ("big old Oslo", ["old Oslo", "big"], 0.8),  # the best golden answer
+        ("Lund", ["Oslo"], 0.0),
+        ("yes it is", ["yes"], 0.0),  # yes and no are right or wrong
+        ("yes", ["yes it is"], 0.0),
+        ("no", ["No."], 1.0),
+        ("", ["Oslo"], 0.0),
+    ],
+)
+def test_f1(answer, golden, score):
+    assert f1(f"<answer>{answer}</answer>", golden) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("answer", "golden", "score"),
+    [
+        ("in Oslo, Norway", ["oslo"], 1.0),
+        ("Oslo", ["Oslo, Norway"], 0.0),  # the golden answer in what was said, not the other way round
+        ("Oslo", ["Bergen", "Slo"], 1.0),  # letters, not words, as in the original
+        ("many", ["---"], 0.0),
+        ("", ["Oslo"], 0.0),
+    ],
+)
+def test_substring_match(answer, golden, score):
+    assert substring_match(f"<answer>{answer}</answer>", golden) == score
+
+
+WORDS = st.lists(st.sampled_from(["oslo", "Lund", "a", "the", "yes", "no", "x.", "1"]), max_size=5).map(" ".join)
+
+
+@given(WORDS, st.lists(WORDS, min_size=1, max_size=3))
+def test_f1_word_by_word_and_the_order_of_scores(answer, golden):
+    """F1 as stated: of each golden answer's words, cross out those said; and no score without the weaker ones."""
+    response = f"<answer>{answer}</answer>"
+    best = 0.0
+    for one in golden:
+        said, wanted = (normalize_answer(text) or text.strip().lower() for text in (answer, one))
+        left, shared = wanted.split(), 0
+        for word in said.split():
+            if word in left:
+                left.remove(word)
+                shared += 1
+        if not said or not shared or (said != wanted and (said in ("yes", "no") or wanted in ("yes", "no"))):
+            continue
+        precision, found = shared / len(said.split()), shared / len(wanted.split())
+        best = max(best, 2 * precision * found / (precision + found))
+    assert f1(response, golden) == pytest.approx(best)
+    if exact_match(response, golden):
+        assert f1(response, golden) == 1.0
+        assert substring_match(response, golden) == 1.0
+
+
+PROMPT = render_prompt("Where?")
+
+
+@pytest.mark.parametrize(
+    "response", ["<answer>Oslo</answer>", "Oslo", "", "<answer>Lund</answer><answer>Oslo</answer>"]
+)
+def test_with_its_own_prompt_the_original_reading_gives_the_same(response):
+    assert exact_match(response, ["Oslo"], prompt=PROMPT) == exact_match(response, ["Oslo"])
+
+
+def test_another_prompt_changes_the_original_reading():
+    """The trap (Search-R1 qa_em.py, extract_solution): the prompt's example is one of the two spans that it wants."""
+    no_example, two_examples = "Question: Where?\n", PROMPT + "For example, <answer> Oslo </answer>.\n"
+    assert exact_match("<answer>Oslo</answer>", ["Oslo"], prompt=no_example) == 0.0
+    assert exact_match("nothing", ["Oslo"], prompt=two_examples) == 1.0
+    assert exact_match("nothing", ["Oslo"]) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -186,6 +273,51 @@ def test_tags_in_a_passage_do_not_break_the_format():
     )
     answer = Turn("<think>b</think><answer>Oslo</answer>", "answer")
     assert trajectory_reward(trajectory(told, answer), "format") == 1.0
+
+
+def test_reading_as_the_original_does_scores_passages_too():
+    told = Turn("<search>q</search>", "search", "q", (), "\n\n<information><answer>Oslo</answer></information>\n\n")
+    assert trajectory_reward(trajectory(told), "exact_match", reads_prompt=True) == 1.0
+    assert trajectory_reward(trajectory(Turn("Oslo", "invalid")), "exact_match", reads_prompt=True) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "reward"),
+    [("exact_match", 0.0), ("f1", 2 / 3), ("substring_match", 1.0), ("format", 0.2), ("retrieval", 0.3)],
+)
+@pytest.mark.parametrize("reads_prompt", [False, True])
+def test_every_kind_of_reward(kind, reward, reads_prompt):
+    search = Turn("<think>a</think><search>q</search>", "search", "q", (), "\n\n<information>Oslo is</information>\n\n")
+    answer = Turn("<think>b</think><answer>Oslo Norway</answer>", "answer")
+    assert trajectory_reward(trajectory(search, answer), kind, reads_prompt) == pytest.approx(reward)
+
+
+GOLDEN = st.lists(st.sampled_from(["Oslo", "the Oslo", "x", "Oslo x"]), min_size=1, max_size=3)
+
+
+@given(st.lists(PIECES | st.sampled_from(["Oslo", "Lund", SEARCHED, GOOD]), max_size=10).map("".join), GOLDEN)
+def test_scores_are_those_of_the_original_itself(response, golden):
+    """Beside the functions of a Search-R1 checkout. Golden answers without a word in them are the stated difference."""
+    compare_with_original(response, golden)
+
+
+@pytest.mark.skipif(not RECORDED.is_file(), reason=f"no recorded trajectories at shared/data/{RECORDED.name}")
+def test_recorded_trajectories_earn_what_the_original_pays():
+    with gzip.open(RECORDED, "rt", encoding="utf-8") as file:
+        for row in map(json.loads, file):
+            if golden := [one for one in row["golden_answers"] if normalize_answer(one)]:
+                compare_with_original(row["response"], golden)
+
+
+def compare_with_original(response: str, golden: list[str]) -> None:
+    em, graded = original("verl/utils/reward_score/qa_em.py"), original("verl/utils/reward_score/qa_em_format.py")
+    whole, target = chatml(PROMPT) + response, {"target": golden}
+    assert exact_match(response, golden, prompt=PROMPT) == em.compute_score_em(whole, target)
+    assert substring_match(response, golden, prompt=PROMPT) == em.compute_score_subem(whole, target)
+    theirs = graded.compute_score_em(
+        whole, target, structure_format_score=0.2, final_format_score=0.1, retrieval_score=0.1
+    )
+    assert format_reward(response, golden, retrieval=0.1, prompt=PROMPT) == pytest.approx(theirs)
 
 
 def test_an_invalid_action_breaks_the_format():
