@@ -20,13 +20,17 @@ from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.retrieval.corpus import join_contents, split_contents
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import INVALID_ACTION, parse_action
+from searchr1_lite.rollout.protocol import parse_action
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.types import Hit, Passage, Question
 
 WIKI18 = Path(ROOT).parent / "shared/data/wiki18"
 pytestmark = pytest.mark.skipif(not WIKI18.is_dir(), reason="no recorded trajectories beside the project")
-OBSERVATION = re.compile(r"\n\n<information>.*?</information>\n\n|" + re.escape(INVALID_ACTION), re.DOTALL)
+NO_ACTION = (  # written out, so that the text itself is tested
+    "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>. If I "
+    "want to give the final answer, I should put the answer between <answer> and </answer>. Let me try again.\n"
+)
+OBSERVATION = re.compile(r"\n\n<information>.*?</information>\n\n|" + re.escape(NO_ACTION), re.DOTALL)
 WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 BATCH = 125
 
@@ -161,7 +165,7 @@ def difference(ours: Trajectory, row: dict) -> str:
         assert cut or ours.response == row["response"]
         return "observation cut" if cut else "equal"
     assert not any(tag in turns[-1][0] for tag in ("</search>", "</answer>"))
-    assert ours.response.startswith(row["response"] + INVALID_ACTION)
+    assert ours.response.startswith(row["response"] + NO_ACTION)
     return "recorder stopped at a turn without an action"
 
 
