@@ -7,7 +7,7 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,13 @@ def id_field(row: dict[str, Any], where: str, error: type[Exception]) -> str:
     if not value.strip():
         raise error(f"{where}: 'id' is empty")
     return value
+
+
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Add rows to a .jsonl.gz file, as a gzip member of their own."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with path.open("ab") as file:
+        file.write(gzip.compress(text.encode("utf-8"), mtime=0))
 
 
 def write_json(path: Path, value: Any) -> None:

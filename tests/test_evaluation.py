@@ -1,14 +1,16 @@
 """Scores over many answers: hand-computed values, an independent Wilson formula, and batches that change nothing."""
 
+from dataclasses import replace
 from math import isnan, sqrt
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_lite.evaluation import evaluate as module
-from searchr1_lite.evaluation.evaluate import NoRetriever, closed_book, evaluate, summarise
-from searchr1_lite.evaluation.metrics import by_hops, mean, seed_interval, share_interval
+from searchr1_lite.evaluation.evaluate import NoRetriever, closed_book, evaluate, figures, scored_row, summarise
+from searchr1_lite.evaluation.metrics import by_hops, macro_average, mean, seed_interval, share_interval
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
 from searchr1_lite.types import Question
 
@@ -43,6 +45,48 @@ def test_a_summary_by_hand():
 
 def test_an_answer_inside_a_passage_is_not_the_models():
     assert summarise([trajectory(None, 1)])["exact_match"] == 0.0
+
+
+def test_words_and_substrings_by_hand():
+    asked = Question("q", "Which river?", ("blue Nile",))
+    answers = ("Blue Nile river", "the Nile", "Blue Nile", None)
+    summary = summarise([replace(trajectory(answer), question=asked) for answer in answers])
+    assert summary["exact_match"] == 1 / 4
+    assert summary["f1"] == pytest.approx((4 / 5 + 2 / 3 + 1 + 0) / 4)
+    assert summary["substring_match"] == 2 / 4
+
+
+def test_a_written_row_says_all_that_the_summary_needs():
+    rows = [scored_row(trajectory("yes", 2, 2), decoding="greedy"), scored_row(trajectory(None, 1), decoding="greedy")]
+    assert [(row["exact_match"], row["f1"], row["invalid_actions"]) for row in rows] == [(1.0, 1.0, 0), (0.0, 0.0, 1)]
+    assert figures(rows[0]) == {
+        "exact_match": 1.0,
+        "f1": 1.0,
+        "substring_match": 1.0,
+        "searches": 2,
+        "response_length": 3,
+        "finished": True,
+        "invalid_actions": 0,
+        "hops": 2,
+    }
+
+
+def test_the_mean_over_sets_weighs_sets_not_questions():
+    assert macro_average([(0.5, 0.4, 0.7)]) == pytest.approx((0.5, 0.4, 0.7))
+    # Distances down 0.3 and 0.4 make 0.5, up 0.6 and 0.8 make 1.0; halved, for two sets.
+    assert macro_average([(0.3, 0.0, 0.9), (0.7, 0.3, 1.5)]) == pytest.approx((0.5, 0.25, 1.0))
+
+
+def test_the_interval_over_sets_covers_the_mean_that_it_should():
+    """Drawn many times from known shares, one of them 1: the interval holds their mean at least as often as it says."""
+    rng, covered = np.random.default_rng(0), 0
+    for _ in range(500):
+        right = [int(rng.binomial(size, share)) for size, share in ((125, 0.3), (400, 0.5), (50, 1.0))]
+        sizes = (125, 400, 50)
+        sets = [(k / n, *share_interval(k, n)) for k, n in zip(right, sizes, strict=True)]
+        _, low, high = macro_average(sets)
+        covered += low <= 0.6 <= high
+    assert 0.93 <= covered / 500 <= 0.99
 
 
 def test_questions_without_hops_are_counted_but_not_grouped():
@@ -110,6 +154,17 @@ def test_batches_change_nothing_when_greedy(policy, retriever, profile):
     assert summary["greedy"] is True and summary["seconds"] > 0
 
 
+def test_sampling_in_a_batch_depends_on_its_place_alone(policy, retriever, profile):
+    """So one that was cut off goes on as it would have gone; the last batch, not full, counts too."""
+    asked, small = questions(5), profile.model_copy(update={"eval_batch_size": 2, "max_turns": 1})
+    _, whole = evaluate(policy, asked, retriever, small, greedy=False, seed=7)
+    _, rest = evaluate(policy, asked[2:], retriever, small, greedy=False, seed=7 + 2)
+    _, other = evaluate(policy, asked[2:], retriever, small, greedy=False, seed=7)
+    assert len(whole) == 5
+    assert [t.completion_ids for t in rest] == [t.completion_ids for t in whole[2:]]
+    assert [t.completion_ids for t in other] != [t.completion_ids for t in rest]
+
+
 def test_nothing_to_evaluate_is_an_error(policy, retriever, profile):
     with pytest.raises(ValueError, match="no questions"):
         evaluate(policy, [], retriever, profile)
@@ -143,3 +198,4 @@ def test_progress_tells_rate_and_time_left_and_short_evaluations_are_silent(poli
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
     evaluate(policy, questions(40), retriever, small, progress=lines.append)
     assert lines == ["20 of 40 questions, 2.0 a second, 10 s left"]
+    assert module.progress_line(30, 40, 5.0, before=20) == "30 of 40 questions, 2.0 a second, 5 s left"

@@ -1,15 +1,18 @@
 """Loading a policy, on a shrunken Qwen2.5-3B with random weights saved to a folder."""
 
 import builtins
+import shutil
 
 import pytest
 import torch
 from conftest import make_tokenizer
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from searchr1_lite.config import load_profile
 from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import PolicyError, load_policy
+from searchr1_lite.rollout.policy import PolicyError, load_policy, with_adapter
 from searchr1_lite.types import Question
 
 
@@ -71,7 +74,6 @@ def test_nf4_trains_after_a_forward_without_gradient(folder):
     """bitsandbytes repacks weights at such a forward on CPUs with AVX512-BF16; the next training step then fails."""
     pytest.importorskip("bitsandbytes")
     from bitsandbytes.nn import Linear4bit
-    from peft import LoraConfig, get_peft_model
 
     policy = load_policy(profile_for(folder, quantization="nf4"))
     linears = [module for module in policy.model.modules() if isinstance(module, Linear4bit)]
@@ -151,3 +153,73 @@ def test_no_gpu_is_one_clear_error(folder):
         pytest.skip("there is a GPU here")
     with pytest.raises(PolicyError, match="device: cuda, but no GPU is visible"):
         load_policy(profile_for(folder, device="cuda"))
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    """A LoRA adapter of the model that changes what it says."""
+    model = get_peft_model(Qwen2ForCausalLM.from_pretrained(folder), LoraConfig(r=4, target_modules="all-linear"))
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    path = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_trained_adapter_is_put_on_as_peft_does(folder, adapter, quantization):
+    profile, ids = profile_for(folder, quantization=quantization, dtype="bfloat16"), torch.arange(12)[None]
+    with torch.no_grad():
+        base = load_policy(profile).model(input_ids=ids).logits
+        policy = with_adapter(load_policy(profile), adapter)
+        reference = PeftModel.from_pretrained(load_policy(profile).model, adapter)(input_ids=ids).logits
+        assert torch.equal(policy.model(input_ids=ids).logits, reference)
+    assert not torch.allclose(base, reference, atol=0.1)
+    assert policy.quantization == quantization
+    assert not policy.model.training
+    assert {p.dtype for name, p in policy.model.named_parameters() if "lora_" in name} == {torch.float32}
+
+
+def changed_adapter(adapter, path, change):
+    """A copy of the adapter whose weights `change` has changed."""
+    shutil.copytree(adapter, path)
+    weights = load_file(path / "adapter_model.safetensors")
+    change(weights)  # in place
+    save_file(weights, path / "adapter_model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop(next(iter(weights))), "1 weights, such as .*lora_A.*, do not fit this model"),
+        (
+            lambda weights: weights.update(
+                {key.replace("layers.1", "layers.7"): weights.pop(key) for key in list(weights) if "layers.1" in key}
+            ),
+            "28 weights, such as .*layers.7.*, do not fit",
+        ),
+        (
+            lambda weights: weights.update({key: weights[key][:, :3].contiguous() for key in weights}),
+            "cannot be put on this model",
+        ),
+    ],
+    ids=["one is missing", "of another layer", "of another shape"],
+)
+def test_an_adapter_that_does_not_fit_is_refused(folder, adapter, tmp_path, change, message):
+    changed = changed_adapter(adapter, tmp_path / "adapter", change)
+    with pytest.raises(PolicyError, match=message):
+        with_adapter(load_policy(profile_for(folder, quantization="none")), changed)
+
+
+def test_an_adapter_that_was_cut_off_or_is_not_there(folder, adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "adapter")
+    weights = tmp_path / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    policy = load_policy(profile_for(folder, quantization="none"))
+    with pytest.raises(PolicyError, match="the adapter cannot be put on this model"):
+        with_adapter(policy, tmp_path / "adapter")
+    with pytest.raises(PolicyError, match="the adapter cannot be put on this model"):
+        with_adapter(policy, tmp_path / "nothing")

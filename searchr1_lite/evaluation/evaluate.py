@@ -1,21 +1,24 @@
 """How good a policy is: answer questions, judge the answers, sum up.
 
-A loop over `rollout`, in batches of `eval_batch_size`. Other ways to answer and other scores than exact match are
-not here.
+A loop over `rollout`, in batches of `eval_batch_size`. Other ways to answer are not here; the command that evaluates
+into a folder is `__main__.py`.
 """
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from searchr1_lite.config import Profile
 from searchr1_lite.evaluation.metrics import by_hops, mean, share_interval
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.trajectory import Trajectory
-from searchr1_lite.training.rewards import exact_match
+from searchr1_lite.rollout.trajectory import Trajectory, trajectory_to_row
+from searchr1_lite.training.rewards import exact_match, f1, substring_match
 from searchr1_lite.types import Hit, Question, Retriever
 
 SECONDS_BETWEEN_LINES = 10.0
+SCORES = {"exact_match": exact_match, "f1": f1, "substring_match": substring_match}
+FIGURES = (*SCORES, "searches", "response_length", "finished", "invalid_actions")
 
 
 class NoRetriever:
@@ -48,32 +51,51 @@ def evaluate(
         now = time.monotonic()
         if now - said >= SECONDS_BETWEEN_LINES and len(trajectories) < len(questions):
             said = now
-            progress(_progress_line(len(trajectories), len(questions), now - started))
+            progress(progress_line(len(trajectories), len(questions), now - started))
     summary = summarise(trajectories)
     return summary | {"seconds": round(time.monotonic() - started, 3), "greedy": greedy}, trajectories
 
 
-def summarise(trajectories: Sequence[Trajectory]) -> dict:
-    """Means over trajectories, one of which belongs to each question.
+def scored_row(trajectory: Trajectory, **extra: Any) -> dict[str, Any]:
+    """`trajectory_to_row`, with the scores of what the model wrote; retrieved text is never judged."""
+    golden = trajectory.question.golden_answers
+    scores = {name: score(trajectory.policy_text, golden) for name, score in SCORES.items()}
+    return trajectory_to_row(trajectory, **extra, **scores, invalid_actions=trajectory.invalid_actions)
 
-    `exact_match` judges what the model wrote, never retrieved text; its interval is Wilson's, 95 %.
+
+def figures(row: dict[str, Any]) -> dict[str, Any]:
+    """The little of a scored row that a summary needs; the texts, which would fill the memory, are left behind."""
+    return {name: row[name] for name in FIGURES} | {"hops": row["question"]["metadata"].get("hops")}
+
+
+def summarise(trajectories: Sequence[Trajectory]) -> dict:
+    """Means over trajectories, one of which belongs to each question; see `summarise_figures`."""
+    return summarise_figures([figures(scored_row(trajectory)) for trajectory in trajectories])
+
+
+def summarise_figures(rows: Sequence[dict[str, Any]]) -> dict:
+    """Means over the `figures` of answered questions.
+
+    `exact_match` judges what the model wrote, never retrieved text; its interval is Wilson's, 95 %. `f1` is of words,
+    `substring_match` the share whose answer holds a golden one.
     `response_length` is in tokens that the model wrote, `invalid_actions` and searches are counts a trajectory,
     `answer_rate` is the share that ended in an answer. The `_by_hops` values have keys "1", "2", … for the hop counts
     that the questions' metadata names, and are empty where it names none.
     """
-    correct = [exact_match(one.policy_text, one.question.golden_answers) for one in trajectories]
-    searches = [float(one.searches) for one in trajectories]
-    metadata = [one.question.metadata for one in trajectories]
+    column = {name: [float(row[name]) for row in rows] for name in FIGURES}
+    correct = column["exact_match"]
     return {
-        "questions": len(trajectories),
+        "questions": len(rows),
         "exact_match": mean(correct),
         "exact_match_interval": list(share_interval(round(sum(correct)), len(correct))),
-        "exact_match_by_hops": by_hops(correct, metadata),
-        "mean_searches": mean(searches),
-        "mean_searches_by_hops": by_hops(searches, metadata),
-        "response_length": mean(one.response_length for one in trajectories),
-        "answer_rate": mean(float(one.finished) for one in trajectories),
-        "invalid_actions": mean(one.invalid_actions for one in trajectories),
+        "exact_match_by_hops": by_hops(correct, rows),
+        "f1": mean(column["f1"]),
+        "substring_match": mean(column["substring_match"]),
+        "mean_searches": mean(column["searches"]),
+        "mean_searches_by_hops": by_hops(column["searches"], rows),
+        "response_length": mean(column["response_length"]),
+        "answer_rate": mean(column["finished"]),
+        "invalid_actions": mean(column["invalid_actions"]),
     }
 
 
@@ -83,6 +105,7 @@ def closed_book(policy: Policy, questions: Sequence[Question], profile: Profile)
     return summary["exact_match"]
 
 
-def _progress_line(done: int, total: int, seconds: float) -> str:
-    rate = done / seconds
+def progress_line(done: int, total: int, seconds: float, before: int = 0) -> str:
+    """`done` of `total` questions, of which `before` were answered earlier and `seconds` say nothing."""
+    rate = (done - before) / seconds
     return f"{done} of {total} questions, {rate:.1f} a second, {(total - done) / rate:.0f} s left"

@@ -5,7 +5,7 @@ Works on plain numbers and needs no torch, so the analysis of finished runs uses
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import isfinite, nan
+from math import hypot, isfinite, nan
 
 from scipy.stats import binomtest, sem, t
 
@@ -24,6 +24,18 @@ def share_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[
         raise ValueError(f"{correct} of {total} is no share")
     interval = binomtest(correct, total).proportion_ci(confidence, method="wilson")
     return float(interval.low), float(interval.high)
+
+
+def macro_average(shares: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    """The mean over data sets, each weighing the same whatever its size (the papers' "Avg"), between its bounds.
+
+    Takes each set's (share, low, high), gives the same of their mean. Distances to the bounds are squared and added
+    (Zou and Donner, Statistics in Medicine 27, 2008), which stays sensible where a share is 0 or 1.
+    """
+    average = mean(share for share, _, _ in shares)
+    below = hypot(*(share - low for share, low, _ in shares)) / len(shares)
+    above = hypot(*(high - share for share, _, high in shares)) / len(shares)
+    return average, average - below, average + above
 
 
 def seed_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:

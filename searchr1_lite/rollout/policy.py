@@ -1,10 +1,10 @@
 """Loading the model that writes: weights from a folder or the hub, in 4 bits where that works, and its tokenizer.
 
-Left out: adapters (training puts them on) and merging, which corrupts 4-bit weights in place.
+A trained adapter goes on top, unmerged: merging corrupts 4-bit weights in place. Fresh adapters are training's.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,27 @@ def load_policy(profile: Profile) -> Policy:
     return Policy(model, tokenizer, device, quantization)
 
 
+def with_adapter(policy: Policy, folder: Path) -> Policy:
+    """The policy with the LoRA adapter of a PEFT folder on its model, which is changed in place, and in 32 bits.
+
+    Raises PolicyError where the adapter is damaged or does not fit the model in every weight; PEFT alone would leave
+    out what does not, with a warning at most.
+    """
+    from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name in transformers
+            model = get_peft_model(policy.model, PeftConfig.from_pretrained(str(folder)))
+            found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    except Exception as error:  # peft and safetensors raise many kinds
+        raise PolicyError(f"{folder}: the adapter cannot be put on this model: {error}") from error
+    strange = [*found.unexpected_keys, *(key for key in found.missing_keys if "lora_" in key)]
+    if strange:
+        raise PolicyError(f"{folder}: {len(strange)} weights, such as {strange[0]}, do not fit this model")
+    return replace(policy, model=model.eval())
+
+
 def _device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise PolicyError("the profile says device: cuda, but no GPU is visible here; use device=auto or device=cpu")
@@ -68,7 +89,8 @@ def _from_pretrained(auto: Any, source: str, name: str, **options: Any) -> Any:
             raise PolicyError(f"{name}: the folder cannot be loaded: {error}") from error
         raise PolicyError(
             f"{name}: no such folder, and the hub does not give it. Check the name and the connection, or fetch it "
-            f"elsewhere with `hf download {name} --local-dir FOLDER` and set model to that folder ({error})"
+            f"elsewhere with `hf download {name} --local-dir FOLDER` and set model to that folder "
+            f"({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -4,7 +4,6 @@ A run folder holds config.yaml (the profile), environment.json, metrics.jsonl (a
 evaluation.json (before, after, closed book; written last) and adapter/. `analysis/runs.py` reads it.
 """
 
-import gzip
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from transformers import TrainerCallback
 
 from searchr1_lite.config import Profile
 from searchr1_lite.evaluation.metrics import by_hops, mean
+from searchr1_lite.jsonl import append_rows
 from searchr1_lite.provenance import provenance
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.trajectory import Trajectory, trajectory_to_row
@@ -104,7 +104,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], rewards: Sequence[float]
 def append_trajectories(
     run_folder: Path, trajectories: Sequence[Trajectory], rewards: Sequence[float], step: int, phase: str
 ) -> None:
-    """Add a batch to trajectories.jsonl.gz, as a gzip member of its own."""
+    """Add a batch to trajectories.jsonl.gz."""
     rows = [
         trajectory_to_row(
             trajectory,
@@ -115,9 +115,7 @@ def append_trajectories(
         )
         for trajectory, reward in zip(trajectories, rewards, strict=True)
     ]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with (run_folder / "trajectories.jsonl.gz").open("ab") as file:
-        file.write(gzip.compress(text.encode("utf-8"), mtime=0))
+    append_rows(run_folder / "trajectories.jsonl.gz", rows)
 
 
 def environment(policy: Policy) -> dict[str, Any]:

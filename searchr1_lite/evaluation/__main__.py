@@ -1,0 +1,151 @@
+"""Evaluate a model, or a base with an adapter, from a shell; any setting of the profile can follow as name=value.
+
+    python -m searchr1_lite.evaluation --out runs/base
+    python -m searchr1_lite.evaluation --out runs/mine-again --adapter data/results/runs/tiny-masked-seed0
+    python -m searchr1_lite.evaluation --profile qwen2.5-3b-4bit --out runs/released quantization=none \
+        model=PeterJinGo/SearchR1-nq_hotpotqa_train-qwen2.5-3b-em-grpo questions=nq+bamboogle eval_questions=4000
+
+`--adapter` takes a run folder, whose profile is used unless one is named, or the folder of a PEFT adapter. Questions
+are `eval_questions` of the split, those that training holds out, drawn from all sets together whatever the seed; a
+number as large as the split asks every one. The folder gets config.yaml, environment.json, trajectories.jsonl.gz (a
+row an answer, with its decoding and scores) and, last, evaluation.json: for each decoding the summary of all
+questions, those by data set, and the sets' unweighted mean ("macro_average", the papers' "Avg"). The same command
+again goes on after a cut, batch by batch, to the same result.
+
+To evaluate as the paper does (arXiv 2503.09516; Search-R1, scripts/nq_hotpotqa): exact match over wiki-18 with
+e5-base-v2, topk=3, max_turns=4, chat_template=true for base and for instruct models, since both were trained in the
+template, and quantization=none. The tags stay ordinary text: registering them as special tokens costs released
+checkpoints several points.
+
+Greedy or sampled? Search-R1's validation asks for greedy decoding, but the request is lost on the way to its search
+loop, which samples at temperature 1 (ray_trainer.py, _validate; llm_agent/generation.py, run_llm_loop). How the
+published figures were decoded is therefore not certain, and both are made here unless one is asked for. Its validation
+also drops the last batch if that is not full; here every question counts.
+"""
+
+import sys
+import time
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import Any
+
+from searchr1_lite.config import ConfigError, Profile, load_profile, resolve_path, save_config
+from searchr1_lite.evaluation.evaluate import evaluate, figures, progress_line, scored_row, summarise_figures
+from searchr1_lite.evaluation.metrics import macro_average
+from searchr1_lite.jsonl import append_rows, read_rows, write_json
+from searchr1_lite.retrieval.build import load_retriever
+from searchr1_lite.retrieval.corpus import load_corpus
+from searchr1_lite.rollout.policy import Policy, PolicyError, load_policy, with_adapter
+from searchr1_lite.training.__main__ import setting
+from searchr1_lite.training.checkpoints import RunFolderError, check_same_run, fingerprint, is_finished, read_json
+from searchr1_lite.training.grpo import held_out
+from searchr1_lite.training.recording import environment
+from searchr1_lite.types import Question
+
+DECODINGS = {"greedy": ["greedy"], "sampled": ["sampled"], "both": ["greedy", "sampled"]}
+ROWS, MARK = "trajectories.jsonl.gz", "progress.json"
+
+
+def evaluate_into(out: Path, profile: Profile, decoding: str = "both", adapter: Path | None = None) -> dict[str, Any]:
+    """Answer the profile's held-out questions, leave the folder that the module describes, return evaluation.json.
+
+    Raises RunFolderError where the folder holds something else, and whatever loading and answering raise.
+    """
+    questions = held_out(profile)
+    adapted = profile.model_copy(update={"model": str(adapter)})
+    inputs = fingerprint(profile, questions, questions) | {"decoding": decoding}
+    inputs["adapter"] = fingerprint(adapted, [], [])["model"]
+    check_same_run(out, profile, inputs)
+    if is_finished(out):
+        print(f"{out}: finished already, nothing to do")
+        return read_json(out / "evaluation.json")
+    policy = with_adapter(load_policy(profile), adapter) if adapter else load_policy(profile)
+    if not (out / "config.yaml").is_file():
+        made = environment(policy) | {"adapter": adapter and str(adapter), "inputs": inputs}
+        write_json(out / "environment.json", made)
+        save_config(profile, out / "config.yaml")
+    made = read_json(out / "environment.json")
+    if made["quantization"] != policy.quantization:
+        raise RunFolderError(f"{out} was begun with quantization {made['quantization']}, which does not work here")
+    _answer(out, policy, questions, profile, DECODINGS[decoding])
+    asked = profile.model_dump(include={"model", "questions", "test_split", "seed"})
+    result = made | asked | _summaries(out, profile.questions)
+    write_json(out / "evaluation.json", result)
+    (out / MARK).unlink()
+    return result
+
+
+def _answer(out: Path, policy: Policy, questions: list[Question], profile: Profile, decodings: list[str]) -> None:
+    """Append what is missing to the rows, batch by batch; the mark says after each how far they are whole."""
+    retriever = load_retriever(profile, load_corpus(profile.corpus))
+    mark = read_json(out / MARK) or {"batches": 0, "answered": 0, "bytes": 0}
+    with (out / ROWS).open("ab") as rows:
+        if rows.tell() < mark["bytes"]:
+            raise RunFolderError(f"{out / ROWS} was changed since {MARK} was written; delete {out} to start again")
+        rows.truncate(mark["bytes"])
+    plan = [(name, start) for name in decodings for start in range(0, len(questions), profile.eval_batch_size)]
+    before, began = mark["answered"], time.monotonic()
+    for number, (name, start) in enumerate(plan[mark["batches"] :], mark["batches"] + 1):
+        batch = questions[start : start + profile.eval_batch_size]
+        _, answered = evaluate(policy, batch, retriever, profile, name == "greedy", profile.seed + start)
+        append_rows(out / ROWS, [scored_row(one, phase="evaluation", decoding=name) for one in answered])
+        done = mark["answered"] + len(batch)
+        mark = {"batches": number, "answered": done, "bytes": (out / ROWS).stat().st_size}
+        write_json(out / MARK, mark)
+        line = progress_line(done, len(questions) * len(decodings), time.monotonic() - began, before)
+        print(f"{out.name}: {name}, {line}", flush=True)
+
+
+def _summaries(out: Path, source: str) -> dict[str, dict[str, Any]]:
+    """For each decoding, from the rows that were written: all questions, each data set, and the sets' mean."""
+    grouped: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for _, row in read_rows(out / ROWS, RunFolderError, "trajectories"):
+        name = row["question"]["id"].partition("/")[0] if "+" in source else source
+        grouped.setdefault(row["decoding"], {}).setdefault(name, []).append(figures(row))
+    result = {}
+    for decoding, sets in grouped.items():
+        by_set = {name: summarise_figures(rows) for name, rows in sets.items()}
+        shares = [(one["exact_match"], *one["exact_match_interval"]) for one in by_set.values()]
+        average, low, high = macro_average(shares)
+        result[decoding] = summarise_figures([row for rows in sets.values() for row in rows])
+        result[decoding] |= {"macro_average": average, "macro_average_interval": [low, high], "by_data_set": by_set}
+    return result
+
+
+def check_base(adapter: Path, model: str) -> None:
+    """Refuse an adapter that names another base than the model in use, which may well load and answer."""
+    if not (adapter / "adapter_config.json").is_file():
+        raise PolicyError(f"{adapter}: no adapter_config.json is there; a run has its adapter once it is finished")
+    base = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+    if base and resolve_path(base).resolve() != resolve_path(model).resolve():
+        advice = f"give model={base}, or, if the two are copies of one model, correct the name in adapter_config.json"
+        raise ConfigError(f"{adapter} was trained on {base}, but the model in use is {model}; {advice}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = ArgumentParser(prog="python -m searchr1_lite.evaluation", description=__doc__.splitlines()[0])
+    parser.add_argument("--profile", help="a profile's name or a .yaml file; else that of the run, else tiny")
+    parser.add_argument("--out", type=Path, required=True, help="made here; an evaluation that was cut off goes on")
+    parser.add_argument("--adapter", type=resolve_path, help="a run folder, or the folder of a PEFT adapter")
+    parser.add_argument("--decoding", choices=DECODINGS, default="both")
+    parser.add_argument("settings", nargs="*", type=setting, metavar="name=value")
+    given = parser.parse_intermixed_args(arguments)
+    name, adapter = given.profile or "tiny", given.adapter
+    if adapter and (adapter / "config.yaml").is_file():
+        name, adapter = given.profile or adapter / "config.yaml", adapter / "adapter"
+    try:
+        profile = load_profile(name, **dict(given.settings))
+        if adapter:
+            check_base(adapter, profile.model)
+        result = evaluate_into(given.out, profile, given.decoding, adapter)
+    except (ValueError, RuntimeError) as error:  # every error of the package is one of these
+        sys.exit(f"error: {error}")
+    for decoding in DECODINGS[given.decoding]:
+        for name, one in ({"all": result[decoding]} | result[decoding]["by_data_set"]).items():
+            low, high = one["exact_match_interval"]
+            score = f"exact match {one['exact_match']:.3f} [{low:.3f}, {high:.3f}], F1 {one['f1']:.3f}"
+            print(f"{decoding}, {name}: {one['questions']} questions, {score}, {one['mean_searches']:.2f} searches")
+
+
+if __name__ == "__main__":
+    main()
