@@ -39,8 +39,8 @@ class Profile(BaseModel):
     lora_target: str | list[str]  # "all-linear" or module names
 
     # What is asked, and where it is looked up
-    questions: str  # "toy", or a jsonl(.gz) file of {"id","question","golden_answers","metadata"}, or a hub name
-    train_split: str
+    questions: str  # "toy", a set of the paper by name ("nq", "nq_hotpotqa_train"), a file, a folder, or a hub name
+    train_split: str  # a split of `questions` (tasks/questions.py says how files are split)
     test_split: str
     corpus: str  # "toy", or a jsonl(.gz) file of {"id","contents"}
     retriever: Literal["bm25", "dense"]

@@ -1,12 +1,16 @@
-"""Questions with their golden answers: the toy world's, a file's, or a hub dataset's, by split.
+"""Questions with their golden answers: the paper's sets by name, the toy world's, or your own files, by split.
 
-Rows are `{"id", "question", "golden_answers", "metadata"}`, the columns of RUC-NLPIR/FlashRAG_datasets. The toy world
-itself is generated in `toy_world.py`.
+Rows are `{"id", "question", "golden_answers", "metadata"}`, the columns of RUC-NLPIR/FlashRAG_datasets, and may say
+where they are from in `data_source`, as Search-R1's own files do. Files are read here, row by row, so that an error has
+its line and nothing is copied into a cache; hub sets are read by the `datasets` library. Left out: `metadata.context`,
+the paragraphs that HotpotQA and 2WikiMultihopQA hand out with each question (gigabytes, and here the model searches),
+and files that hold only a rendered `prompt`. The toy world itself is generated in `toy_world.py`.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,53 +19,168 @@ from searchr1_lite.jsonl import id_field, read_rows, text_field
 from searchr1_lite.types import Question
 
 TRAIN_SHARE = 0.8  # of the questions of a file that names no splits
+COLUMNS = ("id", "question", "golden_answers")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+# The seven sets of the paper's evaluation and the rows of the splits that Search-R1's qa_search_test_merge.py takes.
+EVALUATION = {
+    "nq": 3_610,
+    "triviaqa": 11_313,
+    "popqa": 14_267,
+    "hotpotqa": 7_405,
+    "2wikimultihopqa": 12_576,
+    "musique": 2_417,
+    "bamboogle": 125,
+}
+MIX = "nq_hotpotqa_train"
+HUB = {name: f"RUC-NLPIR/FlashRAG_datasets:{name}" for name in EVALUATION} | {MIX: f"PeterJinGo/{MIX}"}
+ROWS = {(name, "test"): count for name, count in EVALUATION.items()} | {(MIX, "train"): 169_615, (MIX, "test"): 51_713}
+
+Named = tuple[str, Question]  # the name of its set, and the question with its id in that set
 
 
 class QuestionError(ValueError):
-    """Questions that cannot be used; the message names file and line, or the source."""
+    """Questions that cannot be used; the message names file and line (in parquet, row), or the source."""
 
 
 def read_questions(path: str | os.PathLike) -> list[Question]:
-    """All questions of a .jsonl or .jsonl.gz file, in file order. Raises QuestionError with file and line."""
-    return _checked(read_rows(path, QuestionError, "questions"))
+    """All questions of a .jsonl, .jsonl.gz or .parquet file, in file order. Raises QuestionError with file and line."""
+    return keep_apart(_read_file(Path(path)), str(path))
 
 
 def load_questions(source: str, split: str) -> list[Question]:
     """The questions of one split.
 
-    `source` is "toy" (data/toy/questions.jsonl), a .jsonl(.gz) file, or a hub dataset "owner/name" or
-    "owner/name:config"; several joined by "+" follow one another, each id prefixed by its source's short name.
-    In files, the split is each row's `metadata.split`; a file without any is divided by a hash of the id into "train"
-    (80 %) and "test" (20 %), the same on every machine and whatever else the file holds. A hub dataset without "test"
-    gives its "dev" for it, as Search-R1's scripts/data_process/qa_search_test_merge.py does.
-    Raises QuestionError.
+    `source` is one of these, or several of them joined by "+":
+    - "nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle": the sets of the paper's
+      evaluation, and "paper", all seven (RUC-NLPIR/FlashRAG_datasets);
+    - "nq_hotpotqa_train": what Search-R1 trains on ("train"), and all seven ("test") (PeterJinGo/nq_hotpotqa_train);
+    - "toy" (data/toy/questions.jsonl), a .jsonl, .jsonl.gz or .parquet file, or a folder of such files named by split;
+    - another hub dataset, "owner/name" or "owner/name:config".
+    What is on the hub is looked for in data/cache/name/config first.
+
+    Where the questions are of more than one set (by `data_source`, or as joined), each id is prefixed by its set, so
+    that equal ids of two sets stay apart; Search-R1 merges their GRPO groups. In a single file, the split is each row's
+    `metadata.split` or `extra_info.split`; a file without any is divided by a hash of the id into "train" (80 %) and
+    "test" (20 %), the same on every machine and whatever else the file holds. A set without "test" gives its "dev" for
+    it, as Search-R1's scripts/data_process/qa_search_test_merge.py does; that script would go on to "train", which no
+    set of the paper needs and which is refused here.
+    Raises QuestionError, also where a set loaded by its name has not as many questions as the paper's.
     """
-    parts = source.split("+")
-    if len(parts) == 1 or resolve_path(source).exists():
-        return _load_one(source, split)
-    questions = [_prefixed(question, _short_name(part)) for part in parts for question in _load_one(part, split)]
-    if len({question.id for question in questions}) != len(questions):
-        raise QuestionError(f"{source}: two of the joined sources share a name and ids; name each source once")
-    return questions
+    return keep_apart(load_by_set(source, split), source)
 
 
-def _load_one(source: str, split: str) -> list[Question]:
+def load_by_set(source: str, split: str) -> list[Named]:
+    """As `load_questions`, each question with the name of its set and its id without prefix."""
+    parts = [source] if resolve_path(source).exists() else source.split("+")
+    parts = [name for part in parts for name in (EVALUATION if part == "paper" else [part])]
+    return [pair for part in parts for pair in _load_one(part, split, parts)]
+
+
+def keep_apart(pairs: list[Named], source: str) -> list[Question]:
+    """The questions with ids that are unique over all sets; `source` is named in the error where they are not."""
+    several = len({name for name, _ in pairs}) > 1
+    seen: dict[str, Question] = {}
+    for name, question in pairs:
+        key = f"{name}/{question.id}" if several else question.id
+        if key in seen:
+            raise QuestionError(f"{source}: two of the joined sources share the id {key!r}; name each source once")
+        seen[key] = replace(question, id=key)
+    return list(seen.values())
+
+
+def _load_one(source: str, split: str, parts: list[str]) -> list[Named]:
     if not source.strip():
-        raise QuestionError("an empty source of questions; give 'toy', a .jsonl(.gz) file or a hub dataset")
+        raise QuestionError("an empty source of questions; give 'toy', the name of a set, a file, or a hub dataset")
+    if source in HUB:
+        return _load_named(source, split, parts)
     path = ROOT / "data/toy/questions.jsonl" if source == "toy" else resolve_path(source)
-    if path.is_file() or source == "toy" or source.endswith((".jsonl", ".jsonl.gz")):
-        return _split_of_file(read_questions(path), split, path)
-    return _load_hub(source, split)
+    if path.is_dir():
+        file = _file_of_split(path, split)
+        if file is None:
+            there = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
+            raise QuestionError(f"{path}: no {split}{' or '.join(SUFFIXES)} in this folder; there is {there}")
+        return _read_file(file, path.resolve().name)
+    if path.is_file() or source == "toy" or source.endswith(SUFFIXES):
+        return _split_of_file(_read_file(path, "toy" if source == "toy" else ""), split, path)
+    if source.count("/") != 1:  # a hub dataset has an owner
+        raise QuestionError(f"no questions called {source!r}, and no such file; there are toy, paper, {', '.join(HUB)}")
+    return _load_hub(source, split, [source.partition(":")[2]])
 
 
-def _checked(rows: Iterable[tuple[str, dict[str, Any]]]) -> list[Question]:
-    questions: dict[str, Question] = {}
+def _load_named(name: str, split: str, parts: list[str]) -> list[Named]:
+    """A set of as many questions as the paper's, or an error."""
+    folders = [part for part in parts if part in EVALUATION] if name in EVALUATION else []
+    pairs = _load_hub(HUB[name], split, folders)
+    expected = ROWS.get((name, split), len(pairs))
+    if len(pairs) != expected:
+        raise QuestionError(
+            f"{name}: {len(pairs):,} questions, but the {split} set of the paper has {expected:,}; what was loaded is "
+            f"cut off or was changed. Fetch it again, or give {HUB[name]!r} as questions to take it as it is"
+        )
+    return pairs
+
+
+def _file_of_split(folder: Path, split: str) -> Path | None:
+    """`train.jsonl`, `test.parquet`, ... in a folder; "dev" stands in for a missing "test"."""
+    found = [path for suffix in SUFFIXES if (path := folder / f"{split}{suffix}").is_file()]
+    if len(found) > 1:
+        raise QuestionError(f"{folder}: both {found[0].name} and {found[1].name}; keep one of them")
+    if not found and split == "test":
+        return _file_of_split(folder, "dev")
+    return found[0] if found else None
+
+
+def _read_file(path: Path, name: str = "") -> list[Named]:
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else read_rows(path, QuestionError, "questions")
+    whole = path.resolve()
+    return _checked(rows, name or f"{whole.parent.name}-{whole.name.partition('.')[0]}")
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield `("file:row n", row)`, rows counted from 1, of the columns that are used here."""
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    if not path.is_file():
+        raise QuestionError(f"no questions file at {path}")
+    number, where = 0, str(path)
+    try:
+        with ParquetFile(path) as file:
+            for batch in file.iter_batches(columns=_wanted(file.schema_arrow, path)):
+                for place in range(batch.num_rows):
+                    number += 1
+                    where = f"{path}:row {number}"
+                    yield where, batch.slice(place, 1).to_pylist()[0]
+    except UnicodeDecodeError as problem:
+        raise QuestionError(f"{where}: not UTF-8 ({problem})") from None
+    except (pyarrow.ArrowException, OSError) as problem:
+        reason = str(problem).partition("\n")[0]
+        raise QuestionError(f"{where}: the parquet file is cut off or damaged ({reason}); fetch it again") from None
+    if not number:
+        raise QuestionError(f"{path}: the file is empty, it holds no questions")
+
+
+def _wanted(schema: Any, path: Path) -> list[str]:
+    """The columns to read, and the fields of those that have some."""
+    missing = [name for name in COLUMNS if name not in schema.names]
+    if missing:
+        hint = " (a rendered prompt will not do: the question itself is needed)" if "prompt" in schema.names else ""
+        raise QuestionError(f"{path}: no column {missing[0]!r}{hint}; there are {', '.join(schema.names)}")
+    used = [field for field in schema if field.name in (*COLUMNS, "data_source", "extra_info", "metadata")]
+    return [leaf.name for field in used for leaf in field.flatten() if leaf.name != "metadata.context"]
+
+
+def _checked(rows: Iterable[tuple[str, dict[str, Any]]], name: str) -> list[Named]:
+    """`name` is the set of the rows that have no `data_source`."""
+    questions: dict[Named, Question] = {}
     for where, row in rows:
         question = _question(row, where)
-        if question.id in questions:
-            raise QuestionError(f"{where}: the id {question.id!r} is used twice")
-        questions[question.id] = question
-    return list(questions.values())
+        source = text_field(row, "data_source", where, QuestionError) if row.get("data_source") else name
+        if (source, question.id) in questions:
+            raise QuestionError(f"{where}: the id {question.id!r} is used twice in {source!r}")
+        questions[source, question.id] = question
+    return [(source, question) for (source, _), question in questions.items()]
 
 
 def _question(row: dict[str, Any], where: str) -> Question:
@@ -74,20 +193,24 @@ def _question(row: dict[str, Any], where: str) -> Question:
         raise QuestionError(f"{where}: question {key!r} needs 'golden_answers', a list of at least one answer")
     if not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise QuestionError(f"{where}: 'golden_answers' of question {key!r} must be non-empty strings, got {answers!r}")
-    metadata = row.get("metadata")
-    if metadata is not None and not isinstance(metadata, dict):
-        raise QuestionError(f"{where}: 'metadata' of question {key!r} must be an object, got {metadata!r}")
-    return Question(key, text, tuple(answers), metadata or {})
+    for name in ("metadata", "extra_info"):
+        if not isinstance(row.get(name), dict | None):
+            raise QuestionError(f"{where}: {name!r} of question {key!r} must be an object, got {row[name]!r}")
+    metadata = {"split": (row.get("extra_info") or {}).get("split")} | (row.get("metadata") or {})
+    kept = {name: value for name, value in metadata.items() if name != "context" and value is not None}
+    return Question(key, text, tuple(answers), kept)
 
 
-def _split_of_file(questions: list[Question], split: str, path: Path) -> list[Question]:
-    named = sum("split" in question.metadata for question in questions)
-    if named not in (0, len(questions)):
-        raise QuestionError(f"{path}: {named} of {len(questions)} rows have metadata.split; all or none must")
-    splits = [question.metadata["split"] if named else hash_split(question.id) for question in questions]
-    chosen = [question for question, its in zip(questions, splits, strict=True) if its == split]
+def _split_of_file(pairs: list[Named], split: str, path: Path) -> list[Named]:
+    named = sum("split" in question.metadata for _, question in pairs)
+    if named not in (0, len(pairs)):
+        raise QuestionError(f"{path}: {named} of {len(pairs)} rows have metadata.split; all or none must")
+    splits = [question.metadata["split"] if named else hash_split(question.id) for _, question in pairs]
+    chosen = [pair for pair, its in zip(pairs, splits, strict=True) if its == split]
     if not chosen:
-        raise QuestionError(f"{path}: no questions in split {split!r}; there are {', '.join(sorted(set(splits)))}")
+        raise QuestionError(
+            f"{path}: no questions in split {split!r}; there are {', '.join(sorted(map(str, set(splits))))}"
+        )
     return chosen
 
 
@@ -97,31 +220,29 @@ def hash_split(key: str) -> str:
     return "train" if fraction < TRAIN_SHARE else "test"
 
 
-def _load_hub(source: str, split: str) -> list[Question]:
+def _load_hub(source: str, split: str, folders: list[str]) -> list[Named]:
+    """A hub dataset, or what was fetched of it into data/cache; `folders` of it are what the message tells to fetch."""
+    repository, _, config = source.partition(":")
+    name = repository.rpartition("/")[2]
+    cached = _file_of_split(ROOT / "data/cache" / name / config, split)
+    if cached:
+        return _read_file(cached, config or name)
     import datasets
 
-    name, _, config = source.partition(":")
+    columns = {"columns": [*COLUMNS, "data_source", "metadata"]} if source == HUB[MIX] else {}  # not the prompts
     try:
-        splits = datasets.load_dataset(name, config or None)
+        splits = datasets.load_dataset(repository, config or None, **columns)
     except Exception as error:  # datasets and the hub client raise many kinds
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        only = "".join(f" --include '{folder}/*'" for folder in folders if folder)
         raise QuestionError(
             f"questions {source!r}: neither a file here nor a dataset that could be loaded "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}). With a connection, load it once with "
-            f"datasets.load_dataset({name!r}, {config or None!r}), which keeps a copy for offline use"
+            f"({type(error).__name__}: {reason}). With a connection, fetch it once, in the project's folder:\n"
+            f"  hf download {repository} --repo-type dataset{only} --local-dir data/cache/{name}\n"
+            f"It is found there, and {Path('data/cache', name, config).as_posix()} can be given as questions"
         ) from error
     chosen = "dev" if split == "test" and split not in splits and "dev" in splits else split
     if chosen not in splits:
         raise QuestionError(f"{source}: no split {split!r}; there are {', '.join(splits)}")
-    return _checked((f"{source}[{chosen}]:{number}", row) for number, row in enumerate(splits[chosen], 1))
-
-
-def _short_name(source: str) -> str:
-    """`nq` for "owner/name:nq", `hotpotqa-questions` for ".../hotpotqa/questions.jsonl.gz"."""
-    if source.endswith((".jsonl", ".jsonl.gz")):
-        path = resolve_path(source).resolve()
-        return f"{path.parent.name}-{path.name.partition('.jsonl')[0]}"
-    return source.partition(":")[2] or source.rpartition("/")[2]
-
-
-def _prefixed(question: Question, name: str) -> Question:
-    return Question(f"{name}/{question.id}", question.question, question.golden_answers, question.metadata)
+    rows = ((f"{source}[{chosen}]:{number}", row) for number, row in enumerate(splits[chosen], 1))
+    return _checked(rows, config or name)
