@@ -15,7 +15,8 @@ def headline(row: Row) -> str:
     verdict = "right" if row["exact_match"] else "wrong"
     searches = f"{row['searches']} search" + ("" if row["searches"] == 1 else "es")
     ending = "" if row["finished"] else f", no answer (stopped: {row['stop_reason']})"
-    return f"{verdict}, {searches}, {row['response_length']} tokens written{ending}"
+    written = f", {row['response_length']} tokens written" if "response_length" in row else ""
+    return f"{verdict}, {searches}{written}{ending}"
 
 
 def trajectory_text(row: Row) -> str:
