@@ -3,7 +3,7 @@
     python -m searchr1_lite.evaluation --out runs/base
     python -m searchr1_lite.evaluation --out runs/mine-again --adapter data/results/runs/tiny-masked-seed0
     python -m searchr1_lite.evaluation --profile qwen2.5-3b-4bit --out runs/released quantization=none \
-        model=PeterJinGo/SearchR1-nq_hotpotqa_train-qwen2.5-3b-em-grpo questions=nq+bamboogle eval_questions=4000
+        model=PeterJinGo/SearchR1-nq_hotpotqa_train-qwen2.5-3b-em-grpo questions=paper eval_questions=60000
 
 `--adapter` takes a run folder, whose profile is used unless one is named, or the folder of a PEFT adapter. Questions
 are `eval_questions` of the split, those that training holds out, drawn from all sets together whatever the seed; a
@@ -97,10 +97,14 @@ def _answer(out: Path, policy: Policy, questions: list[Question], profile: Profi
 
 
 def _summaries(out: Path, source: str) -> dict[str, dict[str, Any]]:
-    """For each decoding, from the rows that were written: all questions, each data set, and the sets' mean."""
+    """For each decoding, from the rows that were written: all questions, each data set, and the sets' mean.
+
+    An id is "set/id" where the questions are of more than one set; else `source` is their name.
+    """
     grouped: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for _, row in read_rows(out / ROWS, RunFolderError, "trajectories"):
-        name = row["question"]["id"].partition("/")[0] if "+" in source else source
+        name, prefixed, _ = row["question"]["id"].partition("/")
+        name = name if prefixed else source
         grouped.setdefault(row["decoding"], {}).setdefault(name, []).append(figures(row))
     result = {}
     for decoding, sets in grouped.items():
