@@ -1,10 +1,8 @@
-"""retrieval/sparse.py: BM25 scores against the formula, what no-match means, saved indexes; recall on real passages."""
+"""retrieval/sparse.py: BM25 scores against the formula, what no-match means, saved indexes."""
 
-import csv
-import gzip
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_lite.config import ROOT, load_profile
+from searchr1_lite.config import load_profile
 from searchr1_lite.retrieval.build import load_retriever
-from searchr1_lite.retrieval.corpus import CorpusError, load_corpus
+from searchr1_lite.retrieval.corpus import CorpusError
 from searchr1_lite.retrieval.manifest import IndexMismatchError
-from searchr1_lite.retrieval.recall import check_supporting, recall_at_k, recall_per_question
 from searchr1_lite.retrieval.sparse import BM25Retriever, best_first
-from searchr1_lite.tasks.questions import read_questions
-from searchr1_lite.types import Hit, Passage, Question
+from searchr1_lite.types import Hit, Passage
 
-SHARED = Path(ROOT).parent / "shared/data"
 PASSAGES = [
     Passage("0", "Oslo", "Oslo is the capital of Norway."),
     Passage("1", "Bergen", "Bergen is a city in Norway. The rain in Bergen is famous."),
@@ -169,79 +164,3 @@ def test_load_retriever_builds_once_then_loads(tmp_path: Path, capsys: pytest.Ca
     assert first.search(["rain"], 2) == second.search(["rain"], 2)
     with pytest.raises(IndexMismatchError):
         load_retriever(profile, PASSAGES[:2], tmp_path / "index")
-
-
-class Fixed:
-    """Finds passages "p0", "p1", ... in the order written in the question."""
-
-    def search(self, queries: list[str], k: int) -> list[list[Hit]]:
-        return [[Hit(Passage(key, "", ""), 0.0) for key in query.split()[:k]] for query in queries]
-
-
-def test_recall_by_hand() -> None:
-    questions = [
-        Question("a", "p1 p9 p2 p8", ("x",), {"supporting_ids": ["p1", "p2"]}),
-        Question("b", "p5", ("x",), {"gold_ids": ["p4", "p5", "p6"]}),
-    ]
-    assert recall_per_question(Fixed(), questions, (1, 3)) == {1: [0.5, 1 / 3], 3: [1.0, 1 / 3]}
-    assert recall_at_k(Fixed(), questions, (1, 3)) == pytest.approx({1: 5 / 12, 3: 2 / 3})
-    with pytest.raises(ValueError, match="'c' names no supporting passages"):
-        recall_at_k(Fixed(), [Question("c", "p1", ("x",))])
-    with pytest.raises(ValueError, match="no questions"):
-        recall_at_k(Fixed(), [])
-    with pytest.raises(ValueError, match="'b' needs passages that the corpus lacks: p4, p6"):
-        check_supporting(questions, [Passage(key, "", "t") for key in ("p1", "p2", "p5")])
-
-
-def read_qrels(path: Path) -> dict[str, dict[str, int]]:
-    judged: dict[str, dict[str, int]] = defaultdict(dict)
-    with path.open(newline="") as file:
-        for line in csv.DictReader(file, delimiter="\t"):
-            judged[line["query-id"]][line["corpus-id"]] = int(line["score"])
-    return judged
-
-
-def test_recall_on_hotpotqa_by_another_path() -> None:
-    """Judgements from the qrels file instead of the questions' metadata, counted passage by passage."""
-    folder = SHARED / "hotpotqa"
-    if not folder.is_dir():
-        pytest.skip("no real data beside the project (../shared/data/hotpotqa)")
-    questions = read_questions(folder / "questions.jsonl.gz")
-    retriever = BM25Retriever.build(load_corpus(str(folder / "corpus.jsonl.gz")))
-    measured = recall_at_k(retriever, questions, (1, 3, 5, 10))
-    judged = read_qrels(folder / "qrels/test.tsv")
-    assert set(judged) == {question.id for question in questions}
-    rows = retriever.search([question.question for question in questions], 10)
-    for k, value in measured.items():
-        shares = []
-        for question, row in zip(questions, rows, strict=True):
-            found = sum(judged[question.id].get(hit.passage.id, 0) > 0 for hit in row[:k])
-            shares.append(found / len(judged[question.id]))
-        assert value == pytest.approx(sum(shares) / len(shares))
-    assert measured[1] == pytest.approx(0.39, abs=0.02)  # two passages are needed, so 0.5 is the most that k = 1 can do
-    assert measured[1] < measured[3] < measured[5] < measured[10]
-    recorded = json.loads((ROOT / "data/results/retrieval/hotpotqa.json").read_text())["results"][0]
-    assert recorded["retriever"] == "bm25"
-    assert {k: recorded[f"recall@{k}"] for k in measured} == pytest.approx(measured, abs=1e-4)
-
-
-def test_scifact_agrees_with_the_published_bm25() -> None:
-    """Anserini's BM25 (flat) has nDCG@10 0.6789 and recall@100 0.9253 there; the tokenizers differ a little."""
-    folder = SHARED / "scifact"
-    if not folder.is_dir():
-        pytest.skip("no real data beside the project (../shared/data/scifact)")
-    judged = read_qrels(folder / "qrels/test.tsv")
-    with gzip.open(folder / "queries.jsonl.gz", "rt", encoding="utf-8") as file:
-        queries = {str(row["id" if "id" in row else "_id"]): row for row in map(json.loads, file)}
-    keys = sorted(judged)
-    texts = [queries[key].get("text") or queries[key]["question"] for key in keys]
-    rows = BM25Retriever.build(load_corpus(str(folder / "corpus.jsonl.gz"))).search(texts, 100)
-    gains, recalls = [], []
-    for key, row in zip(keys, rows, strict=True):
-        relevant = {i for i, score in judged[key].items() if score > 0}
-        best = sum(1 / math.log2(rank + 2) for rank in range(min(10, len(relevant))))
-        hits = [hit.passage.id in relevant for hit in row]
-        gains.append(sum(hit / math.log2(rank + 2) for rank, hit in enumerate(hits[:10])) / best)
-        recalls.append(sum(hits) / len(relevant))
-    assert sum(gains) / len(gains) == pytest.approx(0.6789, abs=0.02)
-    assert sum(recalls) / len(recalls) == pytest.approx(0.9253, abs=0.02)

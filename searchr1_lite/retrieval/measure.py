@@ -1,0 +1,140 @@
+"""Is what a question needs found by one search with its words? Recall of supporting passages, and nDCG.
+
+`python -m searchr1_lite.retrieval.measure --corpus C --questions Q --out FILE` measures BM25 and a dense encoder and
+records the figures; `--qrels T` takes the supporting passages from a table of judgements, in BEIR's form. Graded
+judgements are left out: a passage is needed or it is not.
+"""
+
+import argparse
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+from searchr1_lite.config import load_profile
+from searchr1_lite.jsonl import read_rows, text_field, write_json
+from searchr1_lite.provenance import provenance
+from searchr1_lite.retrieval.build import load_retriever
+from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus
+from searchr1_lite.retrieval.sparse import SETTINGS
+from searchr1_lite.tasks.questions import QuestionError, read_questions
+from searchr1_lite.types import Passage, Question, Retriever
+
+KS = (1, 3, 5, 10)
+LIBRARIES = ["bm25s", "PyStemmer", "faiss-cpu", "sentence-transformers", "transformers", "torch", "ir-measures"]
+
+
+def supporting_ids(question: Question) -> list[str]:
+    """Ids of the passages that the question needs, from `supporting_ids` or `gold_ids`; raises ValueError if none."""
+    ids = question.metadata.get("supporting_ids") or question.metadata.get("gold_ids")
+    if not ids:
+        raise ValueError(f"question {question.id!r} names no supporting passages (metadata supporting_ids or gold_ids)")
+    return [str(key) for key in ids]
+
+
+def read_judged(queries: str | Path, qrels: str | Path) -> list[Question]:
+    """Questions with the passages judged relevant as `supporting_ids`; queries without one are left out.
+
+    The form is BEIR's: `{"_id", "text"}` lines, and a table with a header of query-id, corpus-id and score (0 or 1,
+    tab-separated). Raises QuestionError with file and line.
+    """
+    relevant = defaultdict(list)
+    with open(qrels, encoding="utf-8", newline="") as file:
+        for line, row in enumerate(csv.DictReader(file, delimiter="\t"), 2):
+            if not (row.get("query-id") and row.get("corpus-id") and row.get("score") in ("0", "1")):
+                raise QuestionError(f"{qrels}:{line}: query-id, corpus-id and a score of 0 or 1 are needed, got {row}")
+            if row["score"] == "1":
+                relevant[row["query-id"]].append(row["corpus-id"])
+    rows = read_rows(queries, QuestionError, "queries")
+    texts = {text_field(row, "_id", at, QuestionError): text_field(row, "text", at, QuestionError) for at, row in rows}
+    if missing := [key for key in relevant if key not in texts]:
+        raise QuestionError(f"{qrels}: judges queries that {queries} lacks: {', '.join(missing[:5])}")
+    return [Question(key, texts[key], (), {"supporting_ids": ids}) for key, ids in relevant.items()]
+
+
+def recall(found: list[str], needed: list[str], k: int) -> float:
+    """The share of the `needed` passages that are among the first `k` of those `found`."""
+    return len(set(needed) & set(found[:k])) / len(set(needed))
+
+
+def search_ids(retriever: Retriever, questions: list[Question], k: int) -> list[list[str]]:
+    """Ids of the first `k` passages for each question's own words; raises ValueError if there are no questions."""
+    if not questions:
+        raise ValueError("no questions to measure retrieval on")
+    rows = retriever.search([question.question for question in questions], k)
+    return [[hit.passage.id for hit in row] for row in rows]
+
+
+def recall_per_question(
+    retriever: Retriever, questions: list[Question], ks: Sequence[int] = KS
+) -> dict[int, list[float]]:
+    """For each k, each question's recall, in question order."""
+    found = search_ids(retriever, questions, max(ks))
+    needed = [supporting_ids(question) for question in questions]
+    return {k: [recall(f, n, k) for f, n in zip(found, needed, strict=True)] for k in ks}
+
+
+def ndcg_at_10(retriever: Retriever, questions: list[Question]) -> float:
+    """Mean nDCG@10 (ir-measures, which asks trec_eval); a question that finds nothing counts as 0."""
+    import ir_measures  # needed to measure and nowhere else, so it comes with the dev extra
+
+    found = search_ids(retriever, questions, 10)
+    judged = {question.id: dict.fromkeys(supporting_ids(question), 1) for question in questions}
+    # trec_eval would order equal scores by id; ranks as scores keep the retriever's order
+    ranked = {key: {hit: -rank for rank, hit in enumerate(row)} for key, row in zip(judged, found, strict=True)}
+    return ir_measures.calc_aggregate([ir_measures.nDCG @ 10], judged, ranked)[ir_measures.nDCG @ 10]
+
+
+def check_supporting(questions: list[Question], passages: list[Passage]) -> None:
+    """Raise ValueError for a supporting passage that the corpus lacks: its recall would count as a miss."""
+    there = {passage.id for passage in passages}
+    for question in questions:
+        missing = [key for key in supporting_ids(question) if key not in there]
+        if missing:
+            raise ValueError(f"question {question.id!r} needs passages that the corpus lacks: {', '.join(missing)}")
+
+
+def measure(name: str, retriever: Retriever, questions: list[Question], ks: Sequence[int] = KS) -> dict:
+    """recall@k: mean share of the supporting passages found; all@k: share of questions with every one of them found."""
+    shares = recall_per_question(retriever, questions, ks)
+    figures = {f"recall@{k}": fmean(values) for k, values in shares.items()}
+    figures |= {f"all@{k}": fmean(value == 1 for value in values) for k, values in shares.items()}
+    figures["nDCG@10"] = ndcg_at_10(retriever, questions)
+    figures = {key: round(value, 4) for key, value in figures.items()}
+    print(name, figures)
+    return {"retriever": name, **figures}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure what sparse and dense search find of what is needed.")
+    parser.add_argument("--corpus", required=True, help=".jsonl(.gz) of passages")
+    parser.add_argument("--questions", required=True, help=".jsonl(.gz) of questions with supporting passages")
+    parser.add_argument("--qrels", help="BEIR judgements (.tsv); --questions then holds BEIR queries")
+    parser.add_argument("--ks", type=int, nargs="+", default=KS, help="how many passages to look at")
+    parser.add_argument("--encoder", default="minilm")
+    parser.add_argument("--published", nargs="*", help="figures to record beside ours: nDCG@10=0.6789 ...")
+    parser.add_argument("--out", required=True, help="the JSON file to write")
+    args = parser.parse_args()
+    try:
+        passages = load_corpus(args.corpus)
+        questions = read_judged(args.questions, args.qrels) if args.qrels else read_questions(args.questions)
+        check_supporting(questions, passages)
+        record = provenance(LIBRARIES) | {
+            "corpus": {"passages": len(passages), "checksum": corpus_checksum(passages)},
+            "questions": len(questions),
+            "published": args.published,
+            "bm25": SETTINGS,
+            "results": [],
+        }
+        for kind, name in (("bm25", "bm25"), ("dense", f"dense, {args.encoder}")):
+            retriever = load_retriever(load_profile("tiny", retriever=kind, encoder=args.encoder), passages)
+            record["results"].append(measure(name, retriever, questions, args.ks))
+            write_json(Path(args.out), record)  # after each, since encoding takes long
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
