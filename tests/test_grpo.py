@@ -202,6 +202,20 @@ def test_columns_for_trl():
     assert [len(x) for x in masked["logprobs"]] == [len(x) for x in masked["completion_ids"]]
 
 
+def test_the_profile_says_what_is_rewarded():
+    answer = QUESTIONS[0].golden_answers[0]
+    found = Turn(
+        "<search>q</search>", "search", "q", (), f"\n\n<information><answer>{answer}</answer></information>\n\n"
+    )
+    t = dataclasses.replace(forged(QUESTIONS[0], random.Random(0)), turns=(found,))
+    assert grpo._reward(t, tiny()) == 0.0
+    assert grpo._reward(t, tiny(reward_reads_prompt=True)) == 1.0
+    assert (
+        grpo._reward(dataclasses.replace(t, turns=(Turn("<answer>x</answer>", "answer"),)), tiny(reward="format"))
+        == 0.1
+    )
+
+
 def test_question_order():
     profile = tiny(steps=5)
     order = [question.id for question in grpo.question_order(QUESTIONS, profile)]

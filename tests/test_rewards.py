@@ -279,6 +279,11 @@ def test_reading_as_the_original_does_scores_passages_too():
     told = Turn("<search>q</search>", "search", "q", (), "\n\n<information><answer>Oslo</answer></information>\n\n")
     assert trajectory_reward(trajectory(told), "exact_match", reads_prompt=True) == 1.0
     assert trajectory_reward(trajectory(Turn("Oslo", "invalid")), "exact_match", reads_prompt=True) == 0.0
+    think = "\n\n<information>a <think> b</information>\n\n"
+    found = Turn("<think>a</think><search>q</search>", "search", "q", (), think)
+    answer = Turn("<think>b</think><answer>Oslo</answer>", "answer")
+    assert trajectory_reward(trajectory(found, answer), "format") == 1.0
+    assert trajectory_reward(trajectory(found, answer), "format", reads_prompt=True) == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize(
