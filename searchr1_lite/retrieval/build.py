@@ -17,7 +17,7 @@ def load_retriever(profile: Profile, passages: list[Passage], cache_dir: str | P
     The default folder is data/cache/<kind>-<first 12 digits of the corpus checksum>. An index in it that belongs to
     another corpus or encoder raises IndexMismatchError: it is never used, and never overwritten unasked.
     """
-    folder = Path(cache_dir) if cache_dir else _default_folder(profile, passages)
+    folder = Path(cache_dir) if cache_dir else default_folder(profile, passages)
     start = time.perf_counter()
     exists = (folder / MANIFEST).is_file()
     retriever = _load(profile, passages, folder) if exists else _build(profile, passages)
@@ -31,7 +31,7 @@ def load_retriever(profile: Profile, passages: list[Passage], cache_dir: str | P
     return retriever
 
 
-def _default_folder(profile: Profile, passages: list[Passage]) -> Path:
+def default_folder(profile: Profile, passages: list[Passage]) -> Path:
     kind = profile.retriever
     if kind == "dense":
         kind += "-" + re.sub(r"[^A-Za-z0-9.]+", "-", profile.encoder).strip("-")

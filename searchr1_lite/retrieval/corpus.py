@@ -26,14 +26,14 @@ def read_corpus(path: str | os.PathLike) -> Iterator[Passage]:
     """
     seen: dict[str, str] = {}
     for where, row in read_rows(path, CorpusError, "corpus"):
-        passage = _passage(row, where)
+        passage = passage_of(row, where)
         if passage.id in seen:
             raise CorpusError(f"{where}: the id {passage.id!r} is already used in {seen[passage.id]}")
         seen[passage.id] = where
         yield passage
 
 
-def _passage(row: dict[str, Any], where: str) -> Passage:
+def passage_of(row: dict[str, Any], where: str) -> Passage:
     key = id_field(row, where, CorpusError)
     if "contents" in row or "text" not in row:
         title, text, quoted = split_contents(text_field(row, "contents", where, CorpusError))

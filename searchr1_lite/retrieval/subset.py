@@ -1,0 +1,270 @@
+"""A corpus that fits a laptop, cut out of a big one: the passages that a question set needs, and distractors.
+
+`python -m searchr1_lite.retrieval.subset --corpus C --questions Q --out FOLDER` streams the corpus three or four times
+and never holds it in memory. A question needs the passages that its metadata names by id, and all those of the articles
+that it names by title. For one that names none (NQ, TriviaQA, PopQA, Bamboogle) the passages stand in that hold a
+golden answer and share most with the question. That is a guess, and a first hop that does not hold the answer is not
+looked for; `subset.json` says what was found for each question, and for which nothing was.
+"""
+
+import argparse
+import gzip
+import heapq
+import html
+import json
+import math
+import os
+import random
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import faiss
+from tqdm import tqdm
+
+from searchr1_lite.config import load_profile, resolve_path
+from searchr1_lite.jsonl import read_rows, write_json
+from searchr1_lite.provenance import provenance
+from searchr1_lite.retrieval.build import default_folder, load_retriever
+from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, load_corpus, passage_of
+from searchr1_lite.retrieval.dense import DenseRetriever
+from searchr1_lite.retrieval.encoders import Encoder, EncoderError, load_encoder
+from searchr1_lite.tasks.questions import QuestionError, load_questions, read_questions
+from searchr1_lite.types import Passage, Question
+
+E5 = "intfloat/e5-base-v2"  # the encoder of Search-R1's index
+SAME = 0.95  # cosine of a passage with itself, encoded in fp16 and in fp32, is above; that of two passages is below
+WORD = re.compile(r"\w+")
+BLANKED = bytes(byte if re.match(rb"\w", bytes([byte])) else 32 for byte in range(256))
+ARTICLES = {"a", "an", "the"}  # exact match does not count them either
+
+
+def words_of(text: str) -> list[str]:
+    r"""The words (`\w+`) of a text in order, in lower case."""
+    text = text.lower()
+    # most passages are pure ASCII, and cutting those at blanks is four times as fast
+    return text.encode().translate(BLANKED).decode().split() if text.isascii() else WORD.findall(text)
+
+
+def content_words(text: str) -> list[str]:
+    return [word for word in words_of(text) if word not in ARTICLES]
+
+
+def title_key(title: str) -> str:
+    """The same for titles that differ in case, quotes or HTML escapes, as HotpotQA's and wiki-18's do."""
+    return " ".join(html.unescape(title).replace('"', " ").casefold().split())
+
+
+def things_needed(question: Question) -> list[str]:
+    """What the metadata names, as "id 4" or "title neil peart"; ["answers"] if nothing.
+
+    Titles: `supporting_titles`, or where FlashRAG's HotpotQA and 2WikiMultihopQA, and its MuSiQue, have them.
+    """
+    data = question.metadata
+    facts = data.get("supporting_facts") or {}
+    titles = facts.get("title", []) if isinstance(facts, dict) else [title for title, *_ in facts]
+    hops = data.get("question_decomposition") or []
+    titles = [*(data.get("supporting_titles") or titles), *(hop["support_paragraph"]["title"] for hop in hops)]
+    ids = [f"id {key}" for key in data.get("supporting_ids") or data.get("gold_ids") or []]
+    return ids + [f"title {title_key(title)}" for title in titles] or ["answers"]
+
+
+def stream(corpus: Path, doing: str, total: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`read_rows` with progress."""
+    return tqdm(read_rows(corpus, CorpusError, "corpus"), doing, total, unit=" passages", mininterval=1)
+
+
+def passages_of(corpus: Path, doing: str, total: int) -> Iterator[Passage]:
+    """Every passage in order; unlike `read_corpus` it remembers no ids, which for wiki-18 would take gigabytes."""
+    return (passage_of(row, where) for where, row in stream(corpus, doing, total))
+
+
+def word_weights(passages: Iterable[Passage], total: int, questions: list[Question]) -> dict[str, float]:
+    """log(passages / passages with the word), for each word of the questions and answers that the corpus has."""
+    vocabulary = {word for q in questions for text in (q.question, *q.golden_answers) for word in content_words(text)}
+    counts = Counter()
+    for passage in passages:
+        counts.update(vocabulary.intersection(words_of(f"{passage.title}\n{passage.text}")))
+    return {word: math.log(total / count) for word, count in counts.items()}
+
+
+class AnswerSearch:
+    """For each question, the best `keep` passages that hold a golden answer as whole words.
+
+    Best are those with the greatest weight of words shared with the question, at least one; then the earlier ones.
+    """
+
+    def __init__(self, questions: list[Question], weights: dict[str, float], keep: int) -> None:
+        self.weights, self.keep = weights, keep
+        self.best: list[list[tuple[float, int]]] = [[] for _ in questions]  # heaps of (score, -row)
+        self.asked = [
+            sorted(weights.keys() & content_words(q.question), key=lambda w: (weights[w], w)) for q in questions
+        ]
+        self.telling = [frozenset(words) for words in self.asked]  # a passage with none of them is not among the best
+        self.by_word = defaultdict(list)  # an answer is looked at only where its rarest word stands
+        for i, question in enumerate(questions):
+            for words in map(content_words, question.golden_answers):
+                if words and weights.keys() >= set(words):
+                    entry = (i, frozenset(words), f" {' '.join(words)} " if len(words) > 1 else "")
+                    self.by_word[max(words, key=weights.__getitem__)].append(entry)
+
+    def look(self, row: int, passage: Passage) -> None:
+        words = words_of(f"{passage.title}\n{passage.text}")
+        present, plain, held = set(words), "", set()
+        for word in self.by_word.keys() & present:
+            for i, answer, phrase in self.by_word[word]:
+                if self.telling[i].isdisjoint(present) or not answer <= present:
+                    continue
+                if phrase:
+                    plain = plain or f" {' '.join([word for word in words if word not in ARTICLES])} "
+                if phrase in plain:
+                    held.add(i)
+        for i in held:
+            self._add(i, sum([self.weights[word] for word in self.asked[i] if word in present]), row)
+
+    def _add(self, i: int, score: float, row: int) -> None:
+        heap = self.best[i]
+        if score <= 0 or (len(heap) == self.keep and score <= heap[0][0]):
+            return
+        (heapq.heappush if len(heap) < self.keep else heapq.heapreplace)(heap, (score, -row))
+        if len(heap) == self.keep:  # the lightest words that even together do not beat the worst of the best
+            sums = accumulate(self.weights[word] for word in self.asked[i])
+            self.telling[i] = frozenset(self.asked[i][sum(total <= heap[0][0] for total in sums) :])
+
+
+def find_needed(corpus: Path, total: int, questions: list[Question], per_question: int) -> list[dict[str, list[int]]]:
+    """For each question, the rows (from 0) of each thing that it needs; none for what the corpus lacks."""
+    needs = [{thing: [] for thing in things_needed(question)} for question in questions]
+    rows_of = defaultdict(list)
+    for its in needs:
+        for thing, rows in its.items():
+            rows_of[thing].append(rows)
+    asked = [question for question, its in zip(questions, needs, strict=True) if "answers" in its]
+    weights = word_weights(passages_of(corpus, "weighing words", total), total, asked) if asked else {}
+    search = AnswerSearch(asked, weights, per_question)
+    for row, passage in enumerate(passages_of(corpus, "finding passages", total)):
+        for thing in (f"id {passage.id}", f"title {title_key(passage.title)}"):
+            for rows in rows_of.get(thing, ()):
+                rows.append(row)
+        if asked:
+            search.look(row, passage)
+    for rows, best in zip(rows_of["answers"], search.best, strict=True):
+        rows.extend(-row for _, row in sorted(best, reverse=True))
+    return needs
+
+
+def sample_rest(total: int, needed: set[int], number: int, seed: int) -> list[int]:
+    """`number` rows (all, where there are fewer) of those that are not needed, each as likely as any other."""
+    drawn = random.Random(seed).sample(range(total), min(total, number + len(needed)))
+    return [row for row in drawn if row not in needed][:number]
+
+
+def write_rows(corpus: Path, total: int, chosen: set[int], out: Path) -> list[Passage]:
+    """Write the chosen rows, as they are and in corpus order, to the .jsonl.gz file `out`; the passages in it."""
+    fresh = out.with_name(f"new-{out.name}")
+    with gzip.GzipFile(fresh, "wb", 6, mtime=0) as file:
+        for number, (_, row) in enumerate(stream(corpus, "writing", total)):
+            if number in chosen:
+                file.write(json.dumps(row).encode() + b"\n")
+    passages = load_corpus(str(fresh))
+    os.replace(fresh, out)
+    return passages
+
+
+def open_index(path: Path, total: int) -> faiss.IndexFlatIP:
+    """The flat index of a corpus of `total` passages, its vectors left on disk; raises CorpusError."""
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    except RuntimeError as error:
+        raise CorpusError(
+            f"{path} is no whole FAISS index ({str(error).partition(chr(10))[0]}); fetch it again"
+        ) from None
+    if not isinstance(index, faiss.IndexFlatIP) or index.ntotal != total:
+        raise CorpusError(
+            f"{path} is a {type(index).__name__} of {index.ntotal:,} vectors; an IndexFlatIP of {total:,} is needed, "
+            "one for each passage of the corpus"
+        )
+    return index
+
+
+def cut_index(index: faiss.IndexFlatIP, rows: list[int], passages: list[Passage], encoder: Encoder) -> DenseRetriever:
+    """The passages at `rows` with the index's own vectors; raises CorpusError if `encoder` gives others."""
+    vectors, again = index.reconstruct_batch(rows), encoder.encode_passages(passages[:4])
+    if again.shape[1] != index.d or (again * vectors[:4]).sum(axis=1).min() < SAME:
+        raise CorpusError(
+            f"the encoder {encoder.name!r} gives passages {[p.id for p in passages[:4]]} other vectors than the index "
+            "has: it is of another encoder, or its rows are not in the corpus's order"
+        )
+    fresh = faiss.IndexFlatIP(index.d)
+    fresh.add(vectors)
+    return DenseRetriever(passages, encoder, fresh)
+
+
+def make_subset(args: argparse.Namespace, questions: list[Question]) -> dict[str, Any]:
+    """Write the corpus, its index (where `load_retriever` looks for it) and `subset.json`, which is returned."""
+    encoder = load_encoder(args.encoder) if args.index else None  # if it is not here, say so before the long work
+    total = sum(1 for _ in stream(args.corpus, "counting"))
+    index = open_index(args.index, total) if args.index else None
+    needs = find_needed(args.corpus, total, questions, args.per_question)
+    needed = {row for its in needs for found in its.values() for row in found}
+    rows = sorted(needed.union(sample_rest(total, needed, args.distractors, args.seed)))
+    args.out.mkdir(parents=True, exist_ok=True)
+    passages = write_rows(args.corpus, total, set(rows), args.out / "corpus.jsonl.gz")
+    profile = load_profile("tiny", retriever="dense" if args.encoder else "bm25", encoder=args.encoder)
+    if index:
+        cut_index(index, rows, passages, encoder).save(default_folder(profile, passages))
+    load_retriever(profile, passages)
+    ids = {row: passage.id for row, passage in zip(rows, passages, strict=True)}
+    found = {
+        q.id: {thing: [ids[row] for row in its[thing]] for thing in its}
+        for q, its in zip(questions, needs, strict=True)
+    }
+    record = provenance(["faiss-cpu", "bm25s"]) | {
+        "checksum": corpus_checksum(passages),
+        "corpus_passages": total,
+        "passages": len(rows),
+        "needed": len(needed),
+        "distractors": len(rows) - len(needed),
+        "questions": len(questions),
+        "met_by_answers": sum("answers" in its for its in needs),
+        "partly_met": [key for key, its in found.items() if any(its.values()) and not all(its.values())],
+        "nothing_found": [key for key, its in found.items() if not any(its.values())],
+        "needs": found,
+    }
+    write_json(args.out / "subset.json", record)
+    return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cut a corpus that fits a laptop out of a big one.")
+    parser.add_argument("--corpus", type=Path, required=True, help=".jsonl(.gz) of passages")
+    parser.add_argument("--questions", required=True, help="a data set's name, or a .jsonl(.gz) file")
+    parser.add_argument("--split", help="without it, all questions of a file, or 'test' of a data set")
+    parser.add_argument("--limit", type=int, help="the first so many questions")
+    parser.add_argument("--per-question", type=int, default=10, help="passages for one that names none")
+    parser.add_argument("--distractors", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--index", type=Path, help="the corpus's flat index, to cut the vectors out of")
+    parser.add_argument("--encoder", help=f"dense instead of BM25: 'minilm', a hub name, a folder (--index: {E5})")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.encoder = args.encoder or (E5 if args.index else None)
+    file = resolve_path(args.questions)
+    try:
+        whole = args.split is None and file.is_file()
+        questions = read_questions(file) if whole else load_questions(args.questions, args.split or "test")
+        record = make_subset(args, questions[: args.limit])
+    except EncoderError as error:
+        sys.exit(f"error: {error}; dense search needs {args.encoder}: fetch it once, or name its folder with --encoder")
+    except (CorpusError, QuestionError, OSError) as error:
+        sys.exit(f"error: {error}")
+    for key in ("passages", "needed", "distractors", "questions", "met_by_answers", "partly_met", "nothing_found"):
+        print(f"{key}: {len(record[key]) if isinstance(record[key], list) else record[key]:,}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""retrieval/wiki18.py: from a folder and from a stand-in for the hub; damage, full disks, and work that was cut off."""
+
+import gzip
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import faiss
+import numpy as np
+import pytest
+
+from searchr1_lite.retrieval import wiki18
+
+PASSAGES = 300
+FILES = ["wiki-18.jsonl.gz", "part_aa", "part_ab"]
+
+
+def corpus_bytes() -> bytes:
+    rows = [{"id": str(i), "contents": f'"Title {i}"\ntext of passage {i}, naïve'} for i in range(PASSAGES)]
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def index_bytes() -> bytes:
+    index = faiss.IndexFlatIP(8)
+    index.add(np.random.default_rng(0).normal(size=(PASSAGES, 8)).astype(np.float32))
+    return faiss.serialize_index(index).tobytes()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """The hub's files; the corpus in two gzip members, the index cut in the middle of a number."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    corpus, index = corpus_bytes(), index_bytes()
+    (folder / "wiki-18.jsonl.gz").write_bytes(gzip.compress(corpus[:999]) + gzip.compress(corpus[999:]))
+    (folder / "part_aa").write_bytes(index[:5002])
+    (folder / "part_ab").write_bytes(index[5002:])
+    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in FILES]
+    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path: Path, capsys):
+    """Run the command on tmp_path/wiki; what it printed, or the message it stopped with."""
+
+    def run(*arguments: str | Path) -> str:
+        monkeypatch.setattr("sys.argv", ["wiki18", "--out", str(tmp_path / "wiki"), *map(str, arguments)])
+        try:
+            wiki18.main()
+        except SystemExit as stop:
+            return str(stop.code)
+        return capsys.readouterr().out
+
+    return run
+
+
+class Hub:
+    """In the place of the hub client: files from a folder, one of which may break off or arrive altered, once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.fetched, self.cut, self.altered = folder, [], None, None
+
+    def get_paths_info(self, repo: str, names: list[str], repo_type: str) -> list[SimpleNamespace]:
+        assert repo_type == "dataset" and repo.startswith("PeterJinGo/wiki-18-")
+        contents = {name: (self.folder / name).read_bytes() for name in reversed(names)}
+        hashes = {name: SimpleNamespace(sha256=hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
+        return [SimpleNamespace(path=name, size=len(data), lfs=hashes[name]) for name, data in contents.items()]
+
+    def download(self, repo: str, name: str, repo_type: str, local_dir: Path) -> str:
+        self.fetched.append(name)
+        data = (self.folder / name).read_bytes()
+        (local_dir / ".cache").mkdir(parents=True, exist_ok=True)
+        (local_dir / ".cache/notes").write_text("the client's own", encoding="utf-8")
+        if name == self.cut:
+            self.cut = None
+            (local_dir / f"{name}.incomplete").write_bytes(data[:1000])
+            raise ConnectionError("the line went dead")
+        (local_dir / f"{name}.incomplete").unlink(missing_ok=True)
+        if name == self.altered:
+            self.altered = None
+            data = data[:500] + bytes([data[500] ^ 1]) + data[501:]
+        (local_dir / name).write_bytes(data)
+        return str(local_dir / name)
+
+
+@pytest.fixture
+def hub(monkeypatch, source: Path) -> Hub:
+    hub = Hub(source)
+    monkeypatch.setattr(wiki18, "HfApi", lambda: hub)
+    monkeypatch.setattr(wiki18, "hf_hub_download", hub.download)
+    return hub
+
+
+def assert_whole(out: Path) -> None:
+    assert (out / "wiki-18.jsonl").read_bytes() == corpus_bytes()
+    assert (out / "e5_Flat.index").read_bytes() == index_bytes()
+    left = {path.name for path in out.rglob("*") if path.is_file()}
+    assert left == {"wiki-18.jsonl", "e5_Flat.index", "wiki-18.json"}
+
+
+def sizes(source: Path) -> tuple[int, int, int]:
+    corpus, first, second = ((source / name).stat().st_size for name in FILES)
+    return corpus, first, second
+
+
+def disk(monkeypatch, free: int) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+
+def test_from_a_folder(command, source, tmp_path) -> None:
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    said = command("--source", source)
+    assert_whole(tmp_path / "wiki")
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+    assert f"wiki-18.jsonl: whole, {len(corpus_bytes()):,} bytes" in said
+    assert "unverified" not in said
+
+
+def test_what_is_finished_is_not_touched_again(command, source, tmp_path, monkeypatch) -> None:
+    """And needs neither source nor hub."""
+    assert "error" not in command("--source", source)
+    shutil.rmtree(source)
+    for work in ("verify", "append", "hub_parts", "local_parts"):
+        monkeypatch.setattr(wiki18, work, lambda *_: pytest.fail("there is nothing to do"))
+    assert "e5_Flat.index: whole" in command()
+    assert_whole(tmp_path / "wiki")
+
+
+def test_a_finished_file_that_changed_is_made_again(command, source, tmp_path) -> None:
+    command("--source", source)
+    with (tmp_path / "wiki/wiki-18.jsonl").open("ab") as file:
+        file.write(b"more")
+    command("--source", source)
+    assert_whole(tmp_path / "wiki")
+
+
+def test_the_corpus_alone_then_the_index(command, hub, tmp_path) -> None:
+    command("--no-index")
+    assert hub.fetched == ["wiki-18.jsonl.gz"]
+    assert not (tmp_path / "wiki/e5_Flat.index").exists()
+    command()
+    assert hub.fetched == FILES
+    assert_whole(tmp_path / "wiki")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["truncated", "altered"])
+def test_a_damaged_source_file_is_named_and_can_be_replaced(command, source, tmp_path, name, damage) -> None:
+    whole = (source / name).read_bytes()
+    broken = whole[:-7] if damage == "truncated" else whole[:100] + bytes([whole[100] ^ 4]) + whole[101:]
+    (source / name).write_bytes(broken)
+    said = command("--source", source)
+    assert f"error: {name} is cut off or altered" in said
+    assert f"fetch {source / name} again, then run the command again" in said
+    assert not (tmp_path / "wiki" / ("wiki-18.jsonl" if name.endswith("gz") else "e5_Flat.index")).exists()
+    (source / name).write_bytes(whole)
+    command("--source", source)
+    assert_whole(tmp_path / "wiki")
+
+
+def test_without_checksums_it_says_so_and_the_gzip_file_still_shows_damage(command, source, tmp_path) -> None:
+    (source / "SHA256SUMS").unlink()
+    assert command("--source", source, "--plan").count("unverified") == 3
+    whole = (source / "wiki-18.jsonl.gz").read_bytes()
+    for broken in (whole[:-7], whole[:100] + bytes([whole[100] ^ 4]) + whole[101:]):
+        (source / "wiki-18.jsonl.gz").write_bytes(broken)
+        assert "error: wiki-18.jsonl.gz is cut off or altered" in command("--source", source)
+        assert not (tmp_path / "wiki/wiki-18.jsonl").exists()
+
+
+def test_a_missing_part_is_named(command, source, tmp_path) -> None:
+    (source / "part_ab").unlink()
+    said = command("--source", source)
+    assert "has no part_ab for e5_Flat.index" in said and "PeterJinGo/wiki-18-e5-index" in said
+    assert not (tmp_path / "wiki").exists()
+
+
+def test_the_plan_is_printed_and_nothing_done(command, hub, source, tmp_path) -> None:
+    said = command("--plan")
+    assert "PeterJinGo/wiki-18-e5-index/part_aa: 0.00 GB -> e5_Flat.index: 0.00 GB" in said
+    assert "needs about" in said and "are free" in said
+    assert not (tmp_path / "wiki").exists() and not hub.fetched
+
+
+@pytest.mark.parametrize("from_folder", [True, False])
+def test_the_disk_must_hold_the_worst_moment(command, hub, source, tmp_path, monkeypatch, from_folder) -> None:
+    """By hand: what is made, and (from the hub) the one part that is being joined, lying beside it."""
+    corpus, first, second = sizes(source)
+    made = int(3.5 * corpus)
+    most = max(corpus + made, made + 2 * first, made + first + 2 * second)
+    arguments = ["--source", source] if from_folder else []
+    needed = made + first + second if from_folder else most
+    disk(monkeypatch, needed - 1)
+    assert f"error: it does not fit in {tmp_path / 'wiki'}" in command(*arguments)
+    assert not (tmp_path / "wiki").exists()
+    disk(monkeypatch, needed)
+    assert "error" not in command(*arguments)
+
+
+def test_a_download_that_breaks_off_goes_on(command, hub, tmp_path, source, monkeypatch) -> None:
+    hub.cut = "part_ab"
+    said = command()
+    assert "part_ab could not be had from the hub (ConnectionError: the line went dead)" in said
+    assert "Run the command again" in said and "--source FOLDER" in said
+    second = (source / "part_ab").stat().st_size
+    disk(monkeypatch, 2 * second - 1000)  # part_aa is joined, and 1,000 bytes of part_ab are there
+    hub.fetched.clear()
+    assert "error" not in command()
+    assert hub.fetched == ["part_ab"]
+    assert_whole(tmp_path / "wiki")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_altered_download_is_removed_and_fetched_again(command, hub, tmp_path, name) -> None:
+    hub.altered = name
+    assert f"error: {name} is cut off or altered" in command()
+    assert not (tmp_path / "wiki/downloads" / name).exists()
+    assert "error" not in command()
+    assert hub.fetched.count(name) == 2 and len(hub.fetched) == 4
+    assert_whole(tmp_path / "wiki")
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3])
+def test_an_interruption_leaves_nothing_that_passes_for_whole(command, hub, tmp_path, monkeypatch, stop_at) -> None:
+    """The stop_at-th file is half unpacked or joined when Ctrl-C comes."""
+    real, calls = shutil.copyfileobj, []
+
+    def stops(read, write, size) -> None:
+        calls.append(1)
+        if len(calls) == stop_at:
+            write.write(read.read(1234))
+            write.flush()
+            raise KeyboardInterrupt
+        real(read, write, size)
+
+    monkeypatch.setattr(shutil, "copyfileobj", stops)
+    assert command().startswith("interrupted; the same command goes on")
+    assert not (tmp_path / "wiki/e5_Flat.index").exists()
+    assert (tmp_path / "wiki/wiki-18.jsonl").exists() == (stop_at > 1)
+    hub.fetched.clear()
+    command()
+    assert hub.fetched == FILES[stop_at - 1 :]
+    assert_whole(tmp_path / "wiki")
+
+
+def test_offline_there_is_one_error_that_says_what_to_do(command, monkeypatch, tmp_path) -> None:
+    """The real client, as it is offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    said = command()
+    assert "error: what PeterJinGo/wiki-18-corpus holds could not be had from the hub" in said
+    assert "--source FOLDER" in said and "\n" not in said
+    assert not (tmp_path / "wiki").exists()
