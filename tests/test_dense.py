@@ -136,7 +136,8 @@ def e5_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_e5_prefixes_mean_pooling_and_length(e5_folder: Path) -> None:
     encoder = load_encoder(str(e5_folder))
-    queries, corpus = ["a fox", "the red red den"], [Passage("0", "Fox", "the den"), Passage("1", "a", "red " * 400)]
+    queries = ["a fox", "the red red den", "den " * 400]
+    corpus = [Passage("0", "Fox", "the den"), Passage("1", "a", "red " * 400)]
     asked, stored = encoder.encode_queries(queries), encoder.encode_passages(corpus)
     wanted = mean_pooled(e5_folder, [f"query: {query}" for query in queries])
     np.testing.assert_allclose(asked, wanted, atol=1e-5)  # batched, so padding must not enter the mean

@@ -57,24 +57,24 @@ def compare(retriever: DenseRetriever, recorded: list[dict[str, Any]]) -> list[d
     """
     queries = [row["query"] for row in recorded]
     position = {passage.id: i for i, passage in enumerate(retriever.passages)}
+    found = zip(recorded, retriever.search(queries, 3), retriever.encoder.encode_queries(queries), strict=True)
     rows = []
-    found = zip(retriever.search(queries, 3), retriever.encoder.encode_queries(queries), strict=True)
-    for row, (hits, vector) in zip(recorded, found, strict=True):
-        theirs = [float(vector @ retriever.index.reconstruct(position[key])) for key in row["recorded"]]
-        gap = max(abs(hit.score - score) for hit, score in zip(hits, theirs, strict=True))
-        rows.append(row | {"found": [hit.passage.id for hit in hits], "gap": round(gap, 6)})
-        rows[-1]["verdict"] = verdict(rows[-1])
-        del rows[-1]["query"]
+    for row, hits, vector in found:
+        scores = [float(vector @ retriever.index.reconstruct(position[key])) for key in row["recorded"]]
+        gap = max(abs(hit.score - score) for hit, score in zip(hits, scores, strict=True))
+        ids = [hit.passage.id for hit in hits]
+        judged = {"found": ids, "gap": round(gap, 6), "verdict": verdict(row["recorded"], ids, gap)}
+        rows.append({key: row[key] for key in ("line", "run", "recorded")} | judged)
     return rows
 
 
-def verdict(row: dict[str, Any]) -> str:
+def verdict(recorded: list[str], found: list[str], gap: float) -> str:
     """A tie is never equal: the passages at one rank differ, with scores too near for half precision to tell."""
-    if row["recorded"] == row["found"]:
+    if recorded == found:
         return "equal"
-    if row["gap"] < TIE:
+    if gap < TIE:
         return "tie"
-    return "other order" if set(row["recorded"]) == set(row["found"]) else "other passages"
+    return "other order" if set(recorded) == set(found) else "other passages"
 
 
 def main() -> None:
