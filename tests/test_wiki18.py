@@ -72,6 +72,9 @@ class Hub:
     def download(self, repo: str, name: str, repo_type: str, local_dir: Path) -> str:
         self.fetched.append(name)
         data = (self.folder / name).read_bytes()
+        assert not [
+            other for other in FILES if other != name and (local_dir / other).exists()
+        ]  # the plan counts one download at a time
         (local_dir / ".cache").mkdir(parents=True, exist_ok=True)
         (local_dir / ".cache/notes").write_text("the client's own", encoding="utf-8")
         if name == self.cut:
@@ -155,6 +158,7 @@ def test_a_damaged_source_file_is_named_and_can_be_replaced(command, source, tmp
     said = command("--source", source)
     assert f"error: {name} is cut off or altered" in said
     assert f"fetch {source / name} again, then run the command again" in said
+    assert (source / name).read_bytes() == broken  # it is not ours to remove
     assert not (tmp_path / "wiki" / ("wiki-18.jsonl" if name.endswith("gz") else "e5_Flat.index")).exists()
     (source / name).write_bytes(whole)
     command("--source", source)
@@ -223,6 +227,13 @@ def test_an_altered_download_is_removed_and_fetched_again(command, hub, tmp_path
     assert_whole(tmp_path / "wiki")
 
 
+def test_what_lies_behind_the_joined_parts_is_cut_off(command, source, tmp_path) -> None:
+    (tmp_path / "wiki").mkdir()
+    (tmp_path / "wiki/e5_Flat.index.new").write_bytes(index_bytes() + b"more")
+    command("--source", source)
+    assert_whole(tmp_path / "wiki")
+
+
 @pytest.mark.parametrize("stop_at", [1, 2, 3])
 def test_an_interruption_leaves_nothing_that_passes_for_whole(command, hub, tmp_path, monkeypatch, stop_at) -> None:
     """The stop_at-th file is half unpacked or joined when Ctrl-C comes."""
@@ -231,7 +242,7 @@ def test_an_interruption_leaves_nothing_that_passes_for_whole(command, hub, tmp_
     def stops(read, write, size) -> None:
         calls.append(1)
         if len(calls) == stop_at:
-            write.write(read.read(1234))
+            write.write(read.read(9000 if stop_at == 1 else 1234))  # of the corpus, more than its .gz file has
             write.flush()
             raise KeyboardInterrupt
         real(read, write, size)
