@@ -133,6 +133,21 @@ def test_a_merged_parquet_keeps_its_sources_apart(tmp_path: Path) -> None:
     assert [q.id for q in read_questions(path)][3] == "popqa/test_0"
 
 
+def test_a_parquet_is_read_by_columns(tmp_path: Path) -> None:
+    """Prompts and HotpotQA's paragraphs are most of the training mix: they are not even decoded."""
+    path = write_parquet(tmp_path / "train.parquet", [merged("nq", 0)])
+    columns = {
+        "id",
+        "question",
+        "golden_answers",
+        "data_source",
+        "metadata.type",
+        "extra_info.split",
+        "extra_info.index",
+    }
+    assert set(module._wanted(parquet.read_schema(path), path)) == columns
+
+
 @pytest.mark.parametrize("name", ["id", "question", "golden_answers"])
 def test_a_parquet_without_a_column(tmp_path: Path, name: str) -> None:
     rows = [{key: value for key, value in merged("nq", 0).items() if key != name}]
