@@ -149,11 +149,23 @@ def test_e5_prefixes_mean_pooling_and_length(e5_folder: Path) -> None:
 
 
 def test_a_folder_without_e5_in_its_name_gets_no_prefix(e5_folder: Path) -> None:
-    other = e5_folder.parent / "plain-bert"
+    other = e5_folder.parent / "e5-models/plain-bert"  # only the last part of the path counts
+    other.parent.mkdir(exist_ok=True)
     if not other.exists():
         other.symlink_to(e5_folder, target_is_directory=True)
     encoder = load_encoder(str(other))
     np.testing.assert_allclose(encoder.encode_queries(["a fox"])[0], mean_pooled(e5_folder, ["a fox"])[0], atol=1e-5)
+
+
+def test_a_folder_with_prompts_of_its_own_gets_them(e5_folder: Path, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(e5_folder), prompts={"query": "query: ", "document": "passage: "})  # mean pooling
+    model.save(str(tmp_path / "own-prompts"))
+    encoder = load_encoder(str(tmp_path / "own-prompts"))
+    wanted = mean_pooled(e5_folder, ["query: a fox", 'passage: "Fox"\nthe den'])
+    np.testing.assert_allclose(encoder.encode_queries(["a fox"])[0], wanted[0], atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_passages([Passage("0", "Fox", "the den")])[0], wanted[1], atol=1e-5)
 
 
 def test_encoders_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +175,17 @@ def test_encoders_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(EncoderError, match="'nobody/no-such-e5': neither a folder here nor a hub model"):
         load_encoder("nobody/no-such-e5")
+
+
+def test_every_weight_file_counts(tmp_path: Path) -> None:
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        (tmp_path / name).write_bytes(name.encode())
+    before = encoders._weights_sha256(tmp_path)
+    for name in ("model-1.safetensors", "model-2.safetensors"):
+        (tmp_path / name).write_bytes(b"other weights")
+        assert encoders._weights_sha256(tmp_path) != before
+        (tmp_path / name).write_bytes(name.encode())
+    assert encoders._weights_sha256(tmp_path) == before
 
 
 def test_minilm_must_be_installed_and_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
