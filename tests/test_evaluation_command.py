@@ -11,7 +11,14 @@ import yaml
 
 from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.evaluation import __main__ as command
+from searchr1_lite.evaluation.evaluate import evaluate
+from searchr1_lite.retrieval.corpus import load_corpus
+from searchr1_lite.retrieval.sparse import BM25Retriever
+from searchr1_lite.rollout.policy import load_policy, with_adapter
+from searchr1_lite.rollout.trajectory import trajectory_to_row
 from searchr1_lite.tasks.questions import load_questions
+from searchr1_lite.training.__main__ import setting
+from searchr1_lite.training.grpo import held_out
 
 RUN = ROOT / "data/results/runs/tiny-masked-seed0"
 MADE_ANEW = {"date", "machine", "versions", "command"}
@@ -34,8 +41,8 @@ def sources(tmp_path_factory):
 
 
 def settings(sources):
-    """Batches of 4 and 2; unquantised, which is faster on a CPU."""
-    return ["quantization=none", f"questions={sources}", "eval_batch_size=4", "eval_questions=100"]
+    """Batches of 4 and 2; unquantised, which is faster on a CPU; hot, so that samples differ from greedy answers."""
+    return ["quantization=none", "temperature=1.6", f"questions={sources}", "eval_batch_size=4", "eval_questions=100"]
 
 
 def rows_of(folder):
@@ -98,6 +105,18 @@ def test_figures_are_those_of_the_written_rows(finished):
         assert result[decoding]["macro_average"] == pytest.approx(sum(one["exact_match"] for one in sets) / 2)
         low, high = result[decoding]["macro_average_interval"]
         assert low <= result[decoding]["macro_average"] <= high
+
+
+def test_the_command_answers_as_the_function_does(finished, sources):
+    chosen = dict(setting(text) for text in settings(sources))
+    profile = load_profile(RUN / "config.yaml", **chosen)
+    policy = with_adapter(load_policy(profile), RUN / "adapter")
+    retriever = BM25Retriever.build(load_corpus("toy"))
+    summary, trajectories = evaluate(policy, held_out(profile), retriever, profile, greedy=False, seed=profile.seed)
+    written = [row for row in rows_of(finished) if row["decoding"] == "sampled"]
+    assert [trajectory_to_row(one)["turns"] for one in trajectories] == [row["turns"] for row in written]
+    shared = set(summary) - {"seconds", "greedy"}
+    assert {key: summary[key] for key in shared} == {key: said(finished)["sampled"][key] for key in shared}
 
 
 def test_the_trained_model_searches_and_the_base_does_not(finished, sources, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Evaluate a model, or a base with an adapter, from a shell; any setting of the profile can follow as name=value.
+r"""Evaluate a model, or a base with an adapter, from a shell; any setting of the profile can follow as name=value.
 
     python -m searchr1_lite.evaluation --out runs/base
     python -m searchr1_lite.evaluation --out runs/mine-again --adapter data/results/runs/tiny-masked-seed0
