@@ -3,6 +3,7 @@
 import ast
 import logging
 import re
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -108,3 +109,38 @@ def test_the_analysis_reads_one_run_over_questions_without_hops(tmp_path):
     assert "one: masked, seed 0, 3 steps\ntorch in memory: False" in printed
     assert "masked, 1 run: from 0.10 to 0.30" in printed
     assert "there is nothing to compare" in printed
+
+
+def printed_by(notebook: Path) -> str:
+    return "".join(output.get("text", "") for cell in code_cells(notebook) for output in cell.outputs)
+
+
+def test_the_real_thing_reads_a_run_folder(tmp_path):
+    source, out = ROOT / "notebooks" / "05_the_real_thing.ipynb", tmp_path / "out.ipynb"
+    parameters = {"source": str(write_run(tmp_path / "one")), "show_excerpts": True}
+    papermill.execute_notebook(source, out, parameters, kernel_name="python3", progress_bar=False)
+    printed = printed_by(out)
+    assert "4 trajectories read from one." in printed
+    assert "one, before: exactly one search in 0 of 2" in printed and "one, after: exactly one search in 2" in printed
+    assert "one: 2 gained, 0 lost; exact match +1.000" in printed
+    shown = "".join(output.get("data", {}).get("text/html", "") for cell in code_cells(out) for output in cell.outputs)
+    assert "right (one, after): Where is &lt;b&gt;Ola&lt;/b&gt;? / Rovana" in shown and "<script>" not in shown
+
+
+def test_the_real_thing_runs_to_the_end_without_the_recording_and_says_so(tmp_path, monkeypatch):
+    project = tmp_path / "project"
+    shutil.copytree(ROOT / "searchr1_lite", project / "searchr1_lite", ignore=shutil.ignore_patterns("__pycache__"))
+    kept = "data/results/recorded_trajectories.json"
+    (project / "data/results").mkdir(parents=True)
+    shutil.copy(ROOT / kept, project / kept)
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    source, out = ROOT / "notebooks" / "05_the_real_thing.ipynb", tmp_path / "out.ipynb"
+    papermill.execute_notebook(source, out, kernel_name="python3", progress_bar=False)
+    printed = printed_by(out)
+    assert "The recorded trajectories are not here" in printed and kept in printed
+    assert "-p source data/results/runs/tiny-masked-seed0" in printed
+    told = [
+        cell for cell in code_cells(source) if "# NBVAL_CHECK_OUTPUT" in cell.source and "FIDELITY" not in cell.source
+    ]
+    assert len(told) > 5
+    assert all("".join(output.text for output in cell.outputs) in printed for cell in told), "other numbers than saved"

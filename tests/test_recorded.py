@@ -85,7 +85,7 @@ def test_turns_are_found_again_whatever_the_model_wrote(pairs, last):
         (SEARCH + BELMAR + "Belmar, I think.", ("Belmar",), "no answer"),
         (SEARCH + BELMAR + SEARCH, ("Belmar",), "no answer"),
         ("<information> Belmar </information>", ("Belmar",), "no answer"),
-        ("<answer> Belmar by the sea </answer>", ("Belmar",), "near miss"),
+        ("<answer> Belmar on the far northern sea </answer>", ("Belmar",), "near miss"),  # F1 = 1 / 3
         ("<answer> Ola Belmar </answer>", ("Belmar City of Glass and Ola",), "near miss"),  # 2 of 2 and of 6: F1 = 0.5
         ("<answer> Ola Belmar </answer>", ("Belmar City of Glass and x Ola",), "not found"),  # F1 = 4 / 9
         (SEARCH + BELMAR + "<answer> Tolford </answer>", ("Belmar",), "misread"),
@@ -137,6 +137,7 @@ def test_kinds_of_query_by_hand():
     question = "Who founded the city of Belmar?"
     assert query_kind(question, "who founded city of belmar") == "copied"
     assert query_kind(question, "founded Belmar") == query_kind(question, "Belmar, city of") == "shortened"
+    assert query_kind(question, "Belmar city: who founded of") == "shortened"
     assert query_kind(question, "founder of Belmar") == "reworded"
 
 
@@ -152,17 +153,19 @@ def test_measures_of_one_trajectory_by_hand():
 
 def test_counts_of_runs_and_the_moves_between_them_by_hand():
     right, wrong = "<answer> Belmar </answer>", SEARCH + TOLFORD + "<answer> Ola </answer>"
-    lost = "<information>Doc 1 Belmar"
-    rows = [row(text, run="a", key=key) for key, text in {"1": wrong, "2": lost, "3": right, "4": lost}.items()]
-    rows += [row(wrong, run="twice", key="1"), row(wrong, run="twice", key="1")]  # no pairs with these
+    lost, lucky = "<information>Doc 1 Belmar", "<information>Doc 1 Belmar" + right
+    first = {"1": wrong, "2": lost, "3": lucky, "4": lost}
+    rows = [row(text, run="a", key=key) for key, text in first.items()] + [row(lost, run="between", key="1")]
     rows += [row(text, run="b", key=key) for key, text in {"3": wrong, "1": right, "2": wrong, "9": right}.items()]
+    rows += [row(wrong, run="twice", key="1"), row(wrong, run="twice", key="1")]  # no pairs with these
     summary = summarise(rows)
-    assert [run["run"] for run in summary["runs"]] == ["a", "twice", "b"] and summary["trajectories"] == 10
+    assert [run["run"] for run in summary["runs"]] == ["a", "between", "b", "twice"] and summary["trajectories"] == 11
     first = summary["runs"][0]
     assert first["outcomes"] == {"right": 1, "near miss": 0, "misread": 0, "not found": 1, "no answer": 2}
-    assert (first["answered"], first["made_up"], first["made_up_unanswered"], first["f1"]) == (2, 2, 2, 1.0)
+    assert (first["answered"], first["made_up"], first["made_up_unanswered"], first["f1"]) == (2, 3, 2, 1.0)
+    assert first["invalid_actions"] == 2
     assert first["by_searches"] == {"0": 3, "1": 1} and first["words_before_search"] == [3.0] * 5
-    assert summary["runs"][1]["by_searches"] == {"0": 0, "1": 2}
+    assert summary["runs"][3]["by_searches"] == {"0": 0, "1": 2}
     (comparison,) = summary["comparisons"]
     assert (comparison["first"], comparison["last"]) == ("a", "b")
     moved = {(a, b): n for a, to in comparison["moves"].items() for b, n in to.items() if n}
