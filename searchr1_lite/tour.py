@@ -1,4 +1,4 @@
-"""See it all in one go: run the four notebooks, print what came of it, leave pages to open. `make tour`.
+"""See it all in one go: run the first five notebooks, print what came of it, leave pages to open. `make tour`.
 
 Papermill runs the notebooks as they are, with the tiny profile that is their default; only the folder of the runs is
 given, so that the tour stands apart from what a reader tries in JupyterLab. A failing notebook ends the tour.
@@ -48,7 +48,7 @@ class LastLine:
 
 def notebooks() -> list[Path]:
     """The notebooks of the tour, in order."""
-    return [path for number in "1234" for path in sorted(NOTEBOOKS.glob(f"0{number}_*.ipynb"))]
+    return [path for number in "12345" for path in sorted(NOTEBOOKS.glob(f"0{number}_*.ipynb"))]
 
 
 def run_notebook(source: Path, out: Path, parameters: Mapping[str, object]) -> float:
@@ -120,7 +120,7 @@ def tour(out: Path = OUT) -> None:
     training = out / "training"
     parameters = {"03": {"run_folder": str(training)}, "04": {"runs": str(training)}}
     seconds: dict[str, float] = {}
-    print(f"Four notebooks, about ten minutes on two cores. Results: {out}")
+    print(f"Five notebooks, about ten minutes on two cores. Results: {out}")
     for source in notebooks():
         try:
             seconds[source.stem] = run_notebook(source, out, parameters.get(source.stem[:2], {}))

@@ -187,6 +187,7 @@ def test_format_reward_for_retrieving_the_answer():
     assert format_reward(wrong, ["Oslo"], retrieval=0.1) == pytest.approx(0.3)
     assert format_reward(wrong, ["Bergen"], retrieval=0.1) == pytest.approx(0.2)
     assert format_reward(wrong, ["Oslo"]) == pytest.approx(0.2)
+    assert format_reward(wrong, ["---"], retrieval=0.1) == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(

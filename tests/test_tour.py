@@ -70,7 +70,7 @@ def test_a_tour_from_notebooks_to_pages(tmp_path, runs, monkeypatch, capsys):
     write_notebook(notebooks / "01_index.ipynb", "print('<script>alert(1)</script>')", text="Half is $\\frac{1}{2}$.")
     copy = f"import shutil; shutil.copytree({str(tmp_path / 'runs')!r}, run_folder)"
     write_notebook(notebooks / "03_train.ipynb", "run_folder: str = ''", copy)
-    write_notebook(notebooks / "05_later.ipynb", "1 / 0")
+    write_notebook(notebooks / "06_later.ipynb", "1 / 0")
     monkeypatch.setattr(module, "NOTEBOOKS", notebooks)
     out.mkdir()
     (out / "old.html").write_text("of an earlier tour")

@@ -128,10 +128,14 @@ def format_reward(
 
 
 def answer_was_retrieved(response: str, golden_answers: str | Sequence[str]) -> bool:
-    """Whether a golden answer stands, normalised, inside an `<information>` block of the response."""
+    """Whether a golden answer stands, normalised, inside an `<information>` block of the response.
+
+    One that normalises to nothing ("---") stands nowhere; in the original it stands everywhere.
+    """
     golden_answers = (golden_answers,) if isinstance(golden_answers, str) else golden_answers
     blocks = [normalize_answer(block) for block in re.findall(r"<information>(.*?)</information>", response, re.DOTALL)]
-    return any(normalize_answer(golden) in block for golden in golden_answers for block in blocks)
+    words = filter(None, map(normalize_answer, golden_answers))
+    return any(golden in block for golden in words for block in blocks)
 
 
 def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = False) -> float:
