@@ -57,7 +57,7 @@ def test_normalize_answer(text, normal):
         ("Oslo", ["Oslo"], 0.0),
         ("<answer>Oslo", ["Oslo"], 0.0),
         ("<answer>\nOslo\n</answer>", ["Oslo"], 1.0),  # over lines
-        ("<answer></answer>", ["The"], 0.0),  # nothing never counts as right ...
+        ("<answer></answer>", ["The", ""], 0.0),  # nothing never counts as right ...
         ("<answer>the</answer>", ["The"], 1.0),  # ... though the article alone may be the answer
         ("", ["Oslo"], 0.0),
     ],
@@ -117,6 +117,7 @@ def test_f1(answer, golden, score):
         ("Oslo", ["Oslo, Norway"], 0.0),  # the golden answer in what was said, not the other way round
         ("Oslo", ["Bergen", "Slo"], 1.0),  # letters, not words, as in the original
         ("many", ["---"], 0.0),
+        ("many", ["Oslo", ""], 0.0),  # a data set may hold a blank alias, which nothing matches
         ("", ["Oslo"], 0.0),
     ],
 )

@@ -191,8 +191,10 @@ def _question(row: dict[str, Any], where: str) -> Question:
     answers = row.get("golden_answers")
     if not isinstance(answers, list) or not answers:
         raise QuestionError(f"{where}: question {key!r} needs 'golden_answers', a list of at least one answer")
-    if not all(isinstance(answer, str) and answer.strip() for answer in answers):
-        raise QuestionError(f"{where}: 'golden_answers' of question {key!r} must be non-empty strings, got {answers!r}")
+    if not all(isinstance(answer, str) for answer in answers) or not any(map(str.strip, answers)):
+        raise QuestionError(
+            f"{where}: 'golden_answers' of question {key!r} must be strings, and one of them not blank, got {answers!r}"
+        )
     for name in ("metadata", "extra_info"):
         if not isinstance(row.get(name), dict | None):
             raise QuestionError(f"{where}: {name!r} of question {key!r} must be an object, got {row[name]!r}")

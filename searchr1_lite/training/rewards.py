@@ -59,7 +59,7 @@ def exact_match(response: str, golden_answers: str | Sequence[str], prompt: str 
 def substring_match(response: str, golden_answers: str | Sequence[str], prompt: str | None = None) -> float:
     """1.0 if a golden answer stands, normalised, within the last answer (Search-R1 qa_em.py, subem_check)."""
     answer, golden = _to_compare(response, golden_answers, prompt)
-    return float(answer != "" and any(one in answer for one in golden))
+    return float(answer != "" and any(one and one in answer for one in golden))
 
 
 def f1(response: str, golden_answers: str | Sequence[str], prompt: str | None = None) -> float:
