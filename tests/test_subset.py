@@ -156,7 +156,7 @@ def test_the_same_seed_gives_the_same_file(made, tmp_path) -> None:
     for seed in (0, 0, 1, 2, 3):
         made("--seed", seed)
         files.append((tmp_path / "sub/corpus.jsonl.gz").read_bytes())
-    assert files[0] == files[1]
+    assert files[0] == files[1] and files[0][4:8] == bytes(4)  # and on another day: no time in the gzip header
     assert len(set(files)) > 2
 
 
@@ -166,6 +166,20 @@ def test_a_file_of_questions_is_taken_whole_unless_a_split_is_asked(made, tmp_pa
     made("--limit", 2)
     assert list(record(tmp_path)["needs"]) == ["ids", "hotpot"]
     assert "no questions in split 'dev'" in made("--split", "dev")
+
+
+@pytest.mark.parametrize("wrong", [("--distractors", -1), ("--per-question", 0), ("--limit", 0)])
+def test_numbers_that_cannot_be_are_refused(made, tmp_path, wrong, capsys) -> None:
+    assert made(*wrong) == "2" and wrong[0] in capsys.readouterr().err
+    assert not (tmp_path / "sub").exists()
+
+
+def test_an_older_record_does_not_stay_beside_a_new_corpus(made, tmp_path, monkeypatch) -> None:
+    made()
+    monkeypatch.setattr(subset, "load_retriever", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        made("--seed", 1)
+    assert not (tmp_path / "sub/subset.json").exists()
 
 
 def test_musique_titles() -> None:
@@ -223,6 +237,10 @@ def test_an_index_in_another_order_is_refused(made, encoder, tmp_path) -> None:
     write_index(tmp_path / "turned.index", tmp_path / "turned.jsonl", encoder)
     said = made("--index", tmp_path / "turned.index")
     assert "error: the encoder 'intfloat/e5-base-v2' gives passages" in said and "not in the corpus's order" in said
+    narrow = faiss.IndexFlatIP(8)
+    narrow.add(np.ones((12, 8), dtype=np.float32))
+    faiss.write_index(narrow, str(tmp_path / "narrow.index"))
+    assert "it is of another encoder" in made("--index", tmp_path / "narrow.index")
     assert not (tmp_path / "sub/subset.json").exists()
 
 
@@ -280,15 +298,28 @@ def slow_search(passages: list[Passage], question: Question, keep: int) -> list[
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(TEXTS, min_size=1, max_size=25), st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=1, max_size=3))
-def test_the_quick_search_finds_what_the_slow_one_finds(texts: list[str], asked: list[tuple[str, str, str]]) -> None:
+@given(
+    st.lists(TEXTS, min_size=1, max_size=25),
+    st.lists(st.tuples(TEXTS, TEXTS, TEXTS), min_size=1, max_size=3),
+    st.integers(1, 3),
+)
+def test_the_quick_search_finds_what_the_slow_one_finds(texts: list[str], asked: list[tuple], keep: int) -> None:
     passages = [Passage(str(i), "It", text) for i, text in enumerate(texts)]
     questions = [Question(str(i), q, (one, two)) for i, (q, one, two) in enumerate(asked)]
-    search = AnswerSearch(questions, word_weights(passages, len(passages), questions), keep=3)
+    search = AnswerSearch(questions, word_weights(passages, len(passages), questions), keep)
     for row, passage in enumerate(passages):
         search.look(row, passage)
     for question, best in zip(questions, search.best, strict=True):
-        assert [-row for _, row in sorted(best, reverse=True)] == slow_search(passages, question, 3)
+        assert [-row for _, row in sorted(best, reverse=True)] == slow_search(passages, question, keep)
+
+
+def test_light_words_together_still_beat_a_heavy_one() -> None:
+    """0.3 + 0.3 beats 0.4, so with 0.4 as the best so far only one of the two light words may be passed over."""
+    weights = {"red": 0.3, "sea": 0.3, "moon": 0.4, "it": 1.0}
+    search = AnswerSearch([Question("q", "red sea moon", ("it",))], weights, keep=1)
+    for row, text in enumerate(["it moon", "it red", "it red sea", "it moon"]):
+        search.look(row, Passage(str(row), "", text))
+    assert search.best == [[(0.6, -2)]]
 
 
 @given(st.integers(0, 40), st.sets(st.integers(0, 39)), st.integers(0, 50), st.integers(0, 9))
@@ -319,6 +350,8 @@ def test_hotpotqa(tmp_path, made) -> None:
     assert needed <= {passage.id for passage in passages}
     made_of = record(tmp_path)
     assert made_of["partly_met"] == made_of["nothing_found"] == [] and made_of["met_by_answers"] == 0
+    for things in made_of["needs"].values():
+        assert all(found == [thing.removeprefix("id ")] for thing, found in things.items() if thing.startswith("id "))
     assert len(passages) == made_of["needed"] + 300 and made_of["needed"] >= len(needed)
     original = {row["id"]: row["contents"] for row in rows_of(HOTPOT / "corpus.jsonl.gz")}
     assert all(join_contents(passage) == original[passage.id] for passage in passages)

@@ -184,7 +184,7 @@ def test_a_missing_part_is_named(command, source, tmp_path) -> None:
 
 def test_the_plan_is_printed_and_nothing_done(command, hub, source, tmp_path) -> None:
     said = command("--plan")
-    assert "PeterJinGo/wiki-18-e5-index/part_aa: 0.00 GB -> e5_Flat.index: 0.00 GB" in said
+    assert "PeterJinGo/wiki-18-e5-index/part_aa: 0.00 GB -> e5_Flat.index, about 0.00 GB" in said
     assert "needs about" in said and "are free" in said
     assert not (tmp_path / "wiki").exists() and not hub.fetched
 

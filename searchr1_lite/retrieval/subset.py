@@ -213,6 +213,7 @@ def make_subset(args: argparse.Namespace, questions: list[Question]) -> dict[str
     needed = {row for its in needs for found in its.values() for row in found}
     rows = sorted(needed.union(sample_rest(total, needed, args.distractors, args.seed)))
     args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "subset.json").unlink(missing_ok=True)  # it is written last, and tells that the rest is whole
     passages = write_rows(args.corpus, total, set(rows), args.out / "corpus.jsonl.gz")
     profile = load_profile("tiny", retriever="dense" if args.encoder else "bm25", encoder=args.encoder)
     if index:
@@ -252,6 +253,8 @@ def main() -> None:
     parser.add_argument("--encoder", help=f"dense instead of BM25: 'minilm', a hub name, a folder (--index: {E5})")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.distractors < 0 or args.per_question < 1 or (args.limit is not None and args.limit < 1):
+        parser.error("--distractors must be 0 or more, --per-question and --limit 1 or more")
     args.encoder = args.encoder or (E5 if args.index else None)
     file = resolve_path(args.questions)
     try:

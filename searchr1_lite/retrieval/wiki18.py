@@ -91,10 +91,9 @@ def print_plan(out: Path, wanted: dict[str, list[Part]]) -> None:
     kept = most = 0
     for target, parts in wanted.items():
         for part in parts:
+            file = part.path or f"{part.repo}/{part.name}"
             check = "" if part.sha256 else f", unverified: {SUMS} does not name it"
-            print(
-                f"{part.path or part.repo + '/' + part.name}: {_gb(part.size)} -> {target}: {_gb(part.unpacked)}{check}"
-            )
+            print(f"{file}: {_gb(part.size)} -> {target}, about {_gb(part.unpacked)}{check}")
             most = max(most, kept + part.unpacked + (0 if part.path else part.size))
             kept += part.unpacked
     begun = [path for path in (*out.glob("*.new"), *out.glob("downloads/**/*")) if path.is_file()]
@@ -153,7 +152,7 @@ def append(part: Part, path: Path, joined: Path, start: int) -> int:
     """Put the part, unpacked, at byte `start` of `joined`, with nothing after it; returns where it ends."""
     with path.open("rb") as file, joined.open("ab") as to:
         to.truncate(start)
-        with tqdm.wrapattr(file, "read", part.size, desc=f"unpacking {part.name}") as watched:
+        with tqdm.wrapattr(file, "read", part.size, desc=f"{part.name} -> {joined.stem}") as watched:
             shutil.copyfileobj(gzip.GzipFile(fileobj=watched) if part.name.endswith(".gz") else watched, to, BLOCK)
         return to.tell()
 
@@ -181,7 +180,8 @@ def main() -> None:
         there = finished(args.out)
         targets = [name for name in ([CORPUS] if args.no_index else MADE_OF) if name not in there]
         wanted = {name: local_parts(name, args.source) if args.source else hub_parts(name) for name in targets}
-        print_plan(args.out, wanted)
+        if wanted:
+            print_plan(args.out, wanted)
         for target in wanted if not args.plan else ():
             make(target, wanted[target], args.out)
         print(*(f"{args.out / name}: whole, {size:,} bytes" for name, size in finished(args.out).items()), sep="\n")
