@@ -237,7 +237,7 @@ def test_a_run_brings_its_profile_and_a_named_one_wins(tmp_path, monkeypatch):
 
     def note(out, profile, decoding, adapter):
         given.update(profile=profile, decoding=decoding, adapter=adapter)
-        raise ValueError("nothing is evaluated here")
+        raise command.ConfigError("nothing is evaluated here")
 
     monkeypatch.setattr(command, "evaluate_into", note)
     shutil.copytree(RUN, tmp_path / "run")

@@ -128,7 +128,8 @@ def test_a_merged_parquet_keeps_its_sources_apart(tmp_path: Path) -> None:
     train = load_questions(str(path), "train")
     assert [q.id for q in train] == ["nq/train_0", "nq/train_1", "hotpotqa/train_0"]
     assert (train[2].question, train[2].golden_answers) == ("Who is train_0?", ("A", "B"))
-    assert train[0].metadata == {"split": "train"} and train[2].metadata == {"split": "train", "type": "bridge"}
+    assert train[0].metadata == {"split": "train", "data_source": "nq"}
+    assert train[2].metadata == {"split": "train", "type": "bridge", "data_source": "hotpotqa"}
     assert [q.id for q in load_questions(str(path), "test")] == ["test_0"]  # of one set: nothing to keep apart
     assert [q.id for q in read_questions(path)][3] == "popqa/test_0"
 
@@ -327,7 +328,7 @@ def test_the_training_mix_from_the_hub(hub: list, monkeypatch: pytest.MonkeyPatc
     profile = load_profile("qwen2.5-3b-4bit")
     train = load_questions(profile.questions, profile.train_split)
     assert [q.id for q in train] == ["nq/train_0", "nq/train_1", "hotpotqa/train_0", "hotpotqa/train_1"]
-    assert (train[3].golden_answers, train[3].metadata) == (("A", "B"), {"type": "bridge"})
+    assert (train[3].golden_answers, train[3].metadata) == (("A", "B"), {"type": "bridge", "data_source": "hotpotqa"})
     [(repository, config, options)] = hub
     assert (repository, config) == ("PeterJinGo/nq_hotpotqa_train", None)
     assert set(options["columns"]) == {"id", "question", "golden_answers", "data_source", "metadata"}  # not the prompts

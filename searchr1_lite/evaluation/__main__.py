@@ -34,8 +34,12 @@ from searchr1_lite.evaluation.evaluate import evaluate, figures, progress_line, 
 from searchr1_lite.evaluation.metrics import macro_average
 from searchr1_lite.jsonl import append_rows, read_rows, write_json
 from searchr1_lite.retrieval.build import load_retriever
-from searchr1_lite.retrieval.corpus import load_corpus
+from searchr1_lite.retrieval.corpus import CorpusError, load_corpus
+from searchr1_lite.retrieval.encoders import EncoderError
+from searchr1_lite.retrieval.manifest import IndexMismatchError
+from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError
 from searchr1_lite.rollout.policy import Policy, PolicyError, load_policy, with_adapter
+from searchr1_lite.tasks.questions import QuestionError
 from searchr1_lite.training.__main__ import setting
 from searchr1_lite.training.checkpoints import RunFolderError, check_same_run, fingerprint, is_finished, read_json
 from searchr1_lite.training.grpo import held_out
@@ -43,6 +47,8 @@ from searchr1_lite.training.recording import environment
 from searchr1_lite.types import Question
 
 DECODINGS = {"greedy": ["greedy"], "sampled": ["sampled"], "both": ["greedy", "sampled"]}
+ERRORS = (ConfigError, QuestionError, CorpusError, EncoderError, IndexMismatchError, PolicyError, RunFolderError)
+ERRORS += (PromptTooLongError, RetrievalError)
 ROWS, MARK = "trajectories.jsonl.gz", "progress.json"
 
 
@@ -99,12 +105,11 @@ def _answer(out: Path, policy: Policy, questions: list[Question], profile: Profi
 def _summaries(out: Path, source: str) -> dict[str, dict[str, Any]]:
     """For each decoding, from the rows that were written: all questions, each data set, and the sets' mean.
 
-    An id is "set/id" where the questions are of more than one set; else `source` is their name.
+    Where the questions are of more than one set their metadata says which; else `source` is their name.
     """
     grouped: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for _, row in read_rows(out / ROWS, RunFolderError, "trajectories"):
-        name, prefixed, _ = row["question"]["id"].partition("/")
-        name = name if prefixed else source
+        name = row["question"]["metadata"].get("data_source", source)
         grouped.setdefault(row["decoding"], {}).setdefault(name, []).append(figures(row))
     result = {}
     for decoding, sets in grouped.items():
@@ -142,7 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
         if adapter:
             check_base(adapter, profile.model)
         result = evaluate_into(given.out, profile, given.decoding, adapter)
-    except (ValueError, RuntimeError) as error:  # every error of the package is one of these
+    except ERRORS as error:
         sys.exit(f"error: {error}")
     for decoding in DECODINGS[given.decoding]:
         for name, one in ({"all": result[decoding]} | result[decoding]["by_data_set"]).items():

@@ -78,14 +78,18 @@ def load_by_set(source: str, split: str) -> list[Named]:
 
 
 def keep_apart(pairs: list[Named], source: str) -> list[Question]:
-    """The questions with ids that are unique over all sets; `source` is named in the error where they are not."""
+    """The questions with ids that are unique over all sets; `source` is named in the error where they are not.
+
+    Where there are several sets, the metadata says which a question is of, as `data_source`.
+    """
     several = len({name for name, _ in pairs}) > 1
     seen: dict[str, Question] = {}
     for name, question in pairs:
         key = f"{name}/{question.id}" if several else question.id
         if key in seen:
             raise QuestionError(f"{source}: two of the joined sources share the id {key!r}; name each source once")
-        seen[key] = replace(question, id=key)
+        origin = {"data_source": name} if several else {}
+        seen[key] = replace(question, id=key, metadata=question.metadata | origin)
     return list(seen.values())
 
 
