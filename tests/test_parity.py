@@ -134,7 +134,7 @@ def test_only_an_exact_index_must_agree(ranked, check, capsys: pytest.CaptureFix
     [
         ({"top3": ["id0", "id1"]}, "'top3' must be the ids of three passages"),
         ({"top3": ["id0", "id1", "id99"]}, "'top3' must be the ids of three passages"),
-        ({"top3": "id0"}, "'top3' must be the ids of three passages"),
+        ({"top3": None}, "'top3' must be the ids of three passages"),
         ({"query": None}, "'query' must be a string"),
         ({"run": 1}, "'run' must be a string"),
     ],

@@ -14,7 +14,7 @@ from searchr1_lite.config import load_profile
 from searchr1_lite.retrieval.build import load_retriever
 from searchr1_lite.retrieval.corpus import CorpusError
 from searchr1_lite.retrieval.manifest import IndexMismatchError
-from searchr1_lite.retrieval.sparse import BM25Retriever, best_first
+from searchr1_lite.retrieval.sparse import BM25Retriever, best_first, tokenize
 from searchr1_lite.types import Hit, Passage
 
 PASSAGES = [
@@ -87,6 +87,12 @@ def test_a_query_without_a_known_word_finds_nothing(query: str) -> None:
     assert ids(BM25Retriever.build(PASSAGES).search([query, "Oslo"], 3)) == [[], ["0"]]
 
 
+def test_words_are_snowballs_english_stems() -> None:
+    # Porter's first stemmer makes "gener" and "dy" of them; single characters and stopwords are no words
+    words = ["generous", "lit", "ray", "die", "citi", "ölpreis"]
+    assert tokenize(["The generously lit X-rays of 3 dying cities, Ölpreise"]) == [words]
+
+
 def test_unknown_words_change_nothing() -> None:
     retriever = BM25Retriever.build(PASSAGES)
     assert retriever.search(["xylophone rain in Bergen"], 3) == retriever.search(["rain in Bergen"], 3)
@@ -132,9 +138,10 @@ def test_foreign_and_broken_indexes_are_refused(tmp_path: Path) -> None:
         with pytest.raises(IndexMismatchError, match="corpus_checksum"):
             BM25Retriever.load(folder, other)
     manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"kind": "dense"}))
-    with pytest.raises(IndexMismatchError, match="its kind is 'dense'"):
-        BM25Retriever.load(folder, PASSAGES)
+    for key, value in (("kind", "dense"), ("format", 0), ("k1", 1.2)):
+        (folder / "manifest.json").write_text(json.dumps(manifest | {key: value}))
+        with pytest.raises(IndexMismatchError, match=f"its {key} is {value!r}"):
+            BM25Retriever.load(folder, PASSAGES)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(IndexMismatchError, match="not JSON"):
         BM25Retriever.load(folder, PASSAGES)
