@@ -3,6 +3,8 @@
 import json
 import re
 
+import pytest
+
 from searchr1_lite.analysis.summary import markdown_table
 from searchr1_lite.config import ROOT
 from searchr1_lite.pretraining.transcripts import HABITS
@@ -21,11 +23,18 @@ def test_the_table_is_that_of_the_summary():
     assert markdown_table(summary) in README
 
 
-def test_the_recall_quoted_is_that_of_the_record():
-    record = json.loads((ROOT / "data/results/retrieval/hotpotqa.json").read_text(encoding="utf-8"))
+@pytest.mark.parametrize("name", ["hotpotqa", "2wikimultihopqa"])
+def test_the_recall_quoted_is_that_of_the_record(name):
+    record = json.loads((ROOT / f"data/results/retrieval/{name}.json").read_text(encoding="utf-8"))
     for row in record["results"]:
-        quoted = " | ".join(f"{row[f'recall@{k}']:.2f}" for k in (1, 3, 5, 10))
-        assert quoted in README, row["retriever"]
+        keys = ("recall@1", "recall@3", "recall@5", "recall@10", "all@10")
+        assert " | ".join(f"{row[key]:.2f}" for key in keys) in README, row["retriever"]
+
+
+def test_the_ndcg_quoted_is_that_of_the_record_and_near_the_published_one():
+    record = json.loads((ROOT / "data/results/retrieval/scifact.json").read_text(encoding="utf-8"))
+    assert f"nDCG@10 {record['results'][0]['nDCG@10']:.4f};" in README
+    assert record["results"][0]["nDCG@10"] == pytest.approx(0.6789, abs=0.01)
 
 
 def test_the_habits_quoted_are_those_pretrained_on():
