@@ -187,6 +187,7 @@ def test_musique_titles() -> None:
     assert things_needed(Question("q", "?", ("x",), {"question_decomposition": hops})) == ["title a", "title b c"]
     facts = {"supporting_facts": [["A", 0], ["B", 3]], "supporting_ids": []}
     assert things_needed(Question("q", "?", ("x",), facts)) == ["title a", "title b"]
+    assert things_needed(Question("q", "?", ("x",), {"supporting_facts": {"title": None}})) == ["answers"]
     assert things_needed(Question("q", "?", ("x",), {"supporting_facts": None})) == ["answers"]
 
 

@@ -66,7 +66,7 @@ def things_needed(question: Question) -> list[str]:
     """
     data = question.metadata
     facts = data.get("supporting_facts") or {}
-    titles = facts.get("title", []) if isinstance(facts, dict) else [title for title, *_ in facts]
+    titles = (facts.get("title") or []) if isinstance(facts, dict) else [title for title, *_ in facts]
     hops = data.get("question_decomposition") or []
     titles = [*(data.get("supporting_titles") or titles), *(hop["support_paragraph"]["title"] for hop in hops)]
     ids = [f"id {key}" for key in data.get("supporting_ids") or data.get("gold_ids") or []]
