@@ -55,7 +55,7 @@ def run(folder, tokenizer, retriever, progress=lambda line: None, **overrides):
 @pytest.fixture(autouse=True)
 def some_rollouts_are_better(monkeypatch):
     """Noise never answers right; here it earns something, so that there is a gradient to go wrong."""
-    monkeypatch.setattr(grpo, "trajectory_reward", lambda trajectory, kind: sum(trajectory.completion_ids) % 7 / 7)
+    monkeypatch.setattr(grpo, "trajectory_reward", lambda trajectory, *kind: sum(trajectory.completion_ids) % 7 / 7)
 
 
 def without_seconds(value):

@@ -20,6 +20,7 @@ from searchr1_lite.training.rewards import (
     has_valid_format,
     last_answer,
     normalize_answer,
+    read_with_prompt,
     substring_match,
     trajectory_reward,
 )
@@ -83,7 +84,7 @@ def test_scores_equal_what_was_recorded_of_search_r1():
     for row in rows:
         response, golden, recorded = row["response"], row["golden_answers"], row["metric_score"]
         assert exact_match(response, golden) == recorded["em"], row["id"]
-        assert exact_match(response, golden, prompt=row["prompt"]) == recorded["em"], row["id"]
+        assert exact_match(read_with_prompt(response, row["prompt"]), golden) == recorded["em"], row["id"]
         assert f1(response, golden) == pytest.approx(recorded["f1"]), row["id"]
         if all(normalize_answer(one) for one in golden):
             assert substring_match(response, golden) == recorded["acc"], row["id"]
@@ -157,14 +158,14 @@ PROMPT = render_prompt("Where?")
     "response", ["<answer>Oslo</answer>", "Oslo", "", "<answer>Lund</answer><answer>Oslo</answer>"]
 )
 def test_with_its_own_prompt_the_original_reading_gives_the_same(response):
-    assert exact_match(response, ["Oslo"], prompt=PROMPT) == exact_match(response, ["Oslo"])
+    assert exact_match(read_with_prompt(response, PROMPT), ["Oslo"]) == exact_match(response, ["Oslo"])
 
 
 def test_another_prompt_changes_the_original_reading():
     """The trap (Search-R1 qa_em.py, extract_solution): the prompt's example is one of the two spans that it wants."""
     no_example, two_examples = "Question: Where?\n", PROMPT + "For example, <answer> Oslo </answer>.\n"
-    assert exact_match("<answer>Oslo</answer>", ["Oslo"], prompt=no_example) == 0.0
-    assert exact_match("nothing", ["Oslo"], prompt=two_examples) == 1.0
+    assert exact_match(read_with_prompt("<answer>Oslo</answer>", no_example), ["Oslo"]) == 0.0
+    assert exact_match(read_with_prompt("nothing", two_examples), ["Oslo"]) == 1.0
     assert exact_match("nothing", ["Oslo"]) == 0.0
 
 
@@ -319,8 +320,8 @@ def test_recorded_trajectories_earn_what_the_original_pays():
 def compare_with_original(response: str, golden: list[str]) -> None:
     em, graded = original("verl/utils/reward_score/qa_em.py"), original("verl/utils/reward_score/qa_em_format.py")
     whole, target = chatml(PROMPT) + response, {"target": golden}
-    assert exact_match(response, golden, prompt=PROMPT) == em.compute_score_em(whole, target)
-    assert substring_match(response, golden, prompt=PROMPT) == em.compute_score_subem(whole, target)
+    assert exact_match(read_with_prompt(response, PROMPT), golden) == em.compute_score_em(whole, target)
+    assert substring_match(read_with_prompt(response, PROMPT), golden) == em.compute_score_subem(whole, target)
     theirs = graded.compute_score_em(
         whole, target, structure_format_score=0.2, final_format_score=0.1, retrieval_score=0.1
     )

@@ -19,6 +19,7 @@ from searchr1_lite.retrieval.build import load_retriever
 from searchr1_lite.retrieval.corpus import join_contents, load_corpus
 from searchr1_lite.retrieval.encoders import Encoder, EncoderError
 from searchr1_lite.retrieval.subset import AnswerSearch, sample_rest, things_needed, word_weights, words_of
+from searchr1_lite.tasks.questions import load_questions, read_questions
 from searchr1_lite.types import Passage, Question
 
 HOTPOT = ROOT.parent / "shared/data/hotpotqa"
@@ -163,9 +164,26 @@ def test_the_same_seed_gives_the_same_file(made, tmp_path) -> None:
 def test_a_file_of_questions_is_taken_whole_unless_a_split_is_asked(made, tmp_path) -> None:
     made()
     assert record(tmp_path)["questions"] == 4
-    made("--limit", 2)
-    assert list(record(tmp_path)["needs"]) == ["ids", "hotpot"]
+    drawn = set()
+    for seed in range(8):
+        made("--limit", 2, "--seed", seed)
+        drawn.add(tuple(record(tmp_path)["needs"]))
+    every = [question["id"] for question in QUESTIONS]
+    assert len(drawn) > 1 and all(len(keys) == 2 and sorted(keys, key=every.index) == list(keys) for keys in drawn)
     assert "no questions in split 'dev'" in made("--split", "dev")
+
+
+def test_the_questions_come_along_with_their_splits(made, tmp_path) -> None:
+    made()
+    assert read_questions(tmp_path / "sub/questions.jsonl.gz") == read_questions(tmp_path / "questions.jsonl.gz")
+    asked = [{"id": f"q{i}", "question": "Who?", "golden_answers": ["A"], "metadata": {}} for i in range(20)]
+    file = write_rows(tmp_path / "twenty.jsonl", asked)
+    made("--questions", file, "--split", "train+test", "--limit", 3)
+    ours = str(tmp_path / "sub/questions.jsonl.gz")
+    for split in ("train", "test"):
+        assert len(load_questions(ours, split)) == 3
+        assert set(load_questions(ours, split)) <= set(load_questions(str(file), split))
+    assert "share ids" in made("--questions", file, "--split", "test+test")
 
 
 @pytest.mark.parametrize("wrong", [("--distractors", -1), ("--per-question", 0), ("--limit", 0)])

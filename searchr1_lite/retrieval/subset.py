@@ -4,7 +4,8 @@
 and never holds it in memory. A question needs the passages that its metadata names by id, and all those of the articles
 that it names by title. For one that names none (NQ, TriviaQA, PopQA, Bamboogle) the passages stand in that hold a
 golden answer and share most with the question. That is a guess, and a first hop that does not hold the answer is not
-looked for; `subset.json` says what was found for each question, and for which nothing was.
+looked for; `subset.json` says what was found for each question, and for which nothing was. The questions stand beside
+the corpus, with their splits, so that a run asks those that its corpus was made for.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ import faiss
 from tqdm import tqdm
 
 from searchr1_lite.config import load_profile, resolve_path
-from searchr1_lite.jsonl import read_rows, write_json
+from searchr1_lite.jsonl import append_rows, read_rows, write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.build import default_folder, load_retriever
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, load_corpus, passage_of
@@ -204,8 +206,34 @@ def cut_index(index: faiss.IndexFlatIP, rows: list[int], passages: list[Passage]
     return DenseRetriever(passages, encoder, fresh)
 
 
+def ask(source: str, splits: str | None, limit: int | None, seed: int) -> list[Question]:
+    """`limit` questions, drawn, of each split ("train+test"); without splits of a whole file or of "test"."""
+    if splits is None and resolve_path(source).is_file():
+        return draw(read_questions(resolve_path(source)), limit, seed)
+    pairs = [
+        (split, q) for split in (splits or "test").split("+") for q in draw(load_questions(source, split), limit, seed)
+    ]
+    if len({question.id for _, question in pairs}) != len(pairs):
+        raise QuestionError(f"{source}: splits {splits} share ids; make a subset of each")
+    return [replace(question, metadata=question.metadata | {"split": split}) for split, question in pairs]
+
+
+def draw(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
+    """So many of the questions, in order, each as likely as any other: sets joined one after another are all met."""
+    if limit is None or limit >= len(questions):
+        return questions
+    return [questions[i] for i in sorted(random.Random(seed).sample(range(len(questions)), limit))]
+
+
+def write_questions(questions: list[Question], out: Path) -> None:
+    fresh = out.with_name(f"new-{out.name}")
+    fresh.unlink(missing_ok=True)
+    append_rows(fresh, (asdict(question) for question in questions))
+    os.replace(fresh, out)
+
+
 def make_subset(args: argparse.Namespace, questions: list[Question]) -> dict[str, Any]:
-    """Write the corpus, its index (where `load_retriever` looks for it) and `subset.json`, which is returned."""
+    """Write corpus, questions, index (where `load_retriever` looks for it) and `subset.json`, which is returned."""
     encoder = load_encoder(args.encoder) if args.index else None  # if it is not here, say so before the long work
     total = sum(1 for _ in stream(args.corpus, "counting"))
     index = open_index(args.index, total) if args.index else None
@@ -215,6 +243,7 @@ def make_subset(args: argparse.Namespace, questions: list[Question]) -> dict[str
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "subset.json").unlink(missing_ok=True)  # it is written last, and tells that the rest is whole
     passages = write_rows(args.corpus, total, set(rows), args.out / "corpus.jsonl.gz")
+    write_questions(questions, args.out / "questions.jsonl.gz")
     profile = load_profile("tiny", retriever="dense" if args.encoder else "bm25", encoder=args.encoder)
     if index:
         cut_index(index, rows, passages, encoder).save(default_folder(profile, passages))
@@ -244,8 +273,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Cut a corpus that fits a laptop out of a big one.")
     parser.add_argument("--corpus", type=Path, required=True, help=".jsonl(.gz) of passages")
     parser.add_argument("--questions", required=True, help="a data set's name, or a .jsonl(.gz) file")
-    parser.add_argument("--split", help="without it, all questions of a file, or 'test' of a data set")
-    parser.add_argument("--limit", type=int, help="the first so many questions")
+    parser.add_argument("--split", help="or several, as train+test; without it all of a file, or 'test' of a data set")
+    parser.add_argument("--limit", type=int, help="so many questions of a split, drawn at random")
     parser.add_argument("--per-question", type=int, default=10, help="passages for one that names none")
     parser.add_argument("--distractors", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -256,11 +285,8 @@ def main() -> None:
     if args.distractors < 0 or args.per_question < 1 or (args.limit is not None and args.limit < 1):
         parser.error("--distractors must be 0 or more, --per-question and --limit 1 or more")
     args.encoder = args.encoder or (E5 if args.index else None)
-    file = resolve_path(args.questions)
     try:
-        whole = args.split is None and file.is_file()
-        questions = read_questions(file) if whole else load_questions(args.questions, args.split or "test")
-        record = make_subset(args, questions[: args.limit])
+        record = make_subset(args, ask(args.questions, args.split, args.limit, args.seed))
     except EncoderError as error:
         sys.exit(f"error: {error}; dense search needs {args.encoder}: fetch it once, or name its folder with --encoder")
     except (CorpusError, QuestionError, OSError) as error:

@@ -1,8 +1,8 @@
 """What a response earns: exact match of its last answer, F1, substring match, and Search-R1's format-aware rewards.
 
 Rewards read the response only. The original scores prompt and response together and therefore needs two `<answer>`
-spans, the first being the prompt's example (Search-R1 verl/utils/reward_score/qa_em.py, extract_solution); a `prompt`
-given to a score here switches to that. No learned rewards.
+spans, the first being the prompt's example (Search-R1 verl/utils/reward_score/qa_em.py, extract_solution);
+`read_with_prompt` makes of the two what the original reads. No learned rewards.
 """
 
 import re
@@ -14,6 +14,7 @@ from searchr1_lite.rollout.protocol import render_prompt
 from searchr1_lite.rollout.trajectory import Trajectory
 
 RETRIEVAL = 0.1  # what retrieving the answer adds (the 0.3 in the remarks of Search-R1 qa_em_format.py)
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 TAG = re.compile(r"(</?(?:think|search|information|answer)>)")
 
 # Where each tag may stand and where it leads: think, then search, information and think again as often as wanted,
@@ -30,14 +31,10 @@ NEXT_STATE = {
 }
 
 
-def last_answer(response: str, prompt: str | None = None) -> str | None:
-    """The text of the last `<answer>...</answer>` of a response, or None.
-
-    With a `prompt` the two are read as one text, in which the original wants at least two spans.
-    """
-    found = re.findall(r"<answer>(.*?)</answer>", (prompt or "") + response, re.DOTALL)
-    needed = 1 if prompt is None else 2
-    return found[-1].strip() if len(found) >= needed else None
+def last_answer(response: str) -> str | None:
+    """The text of the last `<answer>...</answer>` of a response, or None."""
+    found = ANSWER.findall(response)
+    return found[-1].strip() if found else None
 
 
 def normalize_answer(text: str) -> str:
@@ -46,42 +43,44 @@ def normalize_answer(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def exact_match(response: str, golden_answers: str | Sequence[str], prompt: str | None = None) -> float:
-    """1.0 if the last answer of `response` equals a golden answer after normalisation, else 0.0.
-
-    A single string is one golden answer; none at all is a ValueError. Where normalisation leaves nothing of a
-    text ("The The", "?"), the text itself is compared, so that an empty answer never counts as right.
-    """
-    answer, golden = _to_compare(response, golden_answers, prompt)
-    return float(answer != "" and answer in golden)
+def comparable(text: str) -> str:
+    """The text normalised or, where nothing of it would be left ("The The", "?"), itself in lower case."""
+    return normalize_answer(text) or text.strip().lower()
 
 
-def substring_match(response: str, golden_answers: str | Sequence[str], prompt: str | None = None) -> float:
+def comparable_golden(golden_answers: str | Sequence[str]) -> list[str]:
+    """The golden answers to compare with; a single string is one of them, none at all is a ValueError."""
+    golden_answers = (golden_answers,) if isinstance(golden_answers, str) else tuple(golden_answers)
+    if not golden_answers:
+        raise ValueError("a score needs at least one golden answer, got none")
+    return [comparable(golden) for golden in golden_answers]
+
+
+def exact_match(response: str, golden_answers: str | Sequence[str]) -> float:
+    """1.0 if the last answer of `response` equals a golden answer after normalisation, else 0.0."""
+    answer = comparable(last_answer(response) or "")
+    return float(answer in comparable_golden(golden_answers) and answer != "")
+
+
+def substring_match(response: str, golden_answers: str | Sequence[str]) -> float:
     """1.0 if a golden answer stands, normalised, within the last answer (Search-R1 qa_em.py, subem_check)."""
-    answer, golden = _to_compare(response, golden_answers, prompt)
-    return float(answer != "" and any(one and one in answer for one in golden))
+    answer = comparable(last_answer(response) or "")
+    return float(any(golden and golden in answer for golden in comparable_golden(golden_answers)))
 
 
-def f1(response: str, golden_answers: str | Sequence[str], prompt: str | None = None) -> float:
+def f1(response: str, golden_answers: str | Sequence[str]) -> float:
     """Harmonic mean of precision and recall of the last answer's words against the best golden answer (0 to 1).
 
     "yes", "no" and "noanswer" get no credit for a shared word: they are right or wrong (HotpotQA's official script).
     """
-    answer, golden = _to_compare(response, golden_answers, prompt)
-    return max(_word_f1(answer, one) for one in golden) if answer else 0.0
+    answer = comparable(last_answer(response) or "")
+    return max(_word_f1(answer, golden) for golden in comparable_golden(golden_answers))
 
 
-def _to_compare(response: str, golden_answers: str | Sequence[str], prompt: str | None) -> tuple[str, list[str]]:
-    """The last answer ("" for none) and the golden answers, normalised unless nothing of them would be left."""
-    golden_answers = (golden_answers,) if isinstance(golden_answers, str) else tuple(golden_answers)
-    if not golden_answers:
-        raise ValueError("a score needs at least one golden answer, got none")
-    answer = last_answer(response, prompt) or ""
-    return _comparable(answer), [_comparable(golden) for golden in golden_answers]
-
-
-def _comparable(text: str) -> str:
-    return normalize_answer(text) or text.strip().lower()
+def read_with_prompt(response: str, prompt: str) -> str:
+    """Prompt and response as one text to score, as the original does, or "" where it has not two answers to read."""
+    text = prompt + response
+    return text if len(ANSWER.findall(text)) > 1 else ""
 
 
 def _word_f1(answer: str, golden: str) -> float:
@@ -89,7 +88,7 @@ def _word_f1(answer: str, golden: str) -> float:
         return 0.0
     said, wanted = answer.split(), golden.split()
     shared = (Counter(said) & Counter(wanted)).total()
-    return 2 * shared / (len(said) + len(wanted))
+    return 2 * shared / max(1, len(said) + len(wanted))
 
 
 def has_valid_format(response: str) -> bool:
@@ -117,14 +116,15 @@ def format_reward(
 
     Right: 1, or 1 - structure where the format is broken. Wrong in good format: structure, plus `retrieval` if a
     golden answer stands in retrieved text. Wrong in bad format: `final` if there is an answer at all, else 0.
-    `response` holds the retrieved blocks too.
+    `response` holds the retrieved blocks too. With a `prompt`, the answer is looked for in both together.
     """
     valid = has_valid_format(response)
-    if exact_match(response, golden_answers, prompt):
+    read = response if prompt is None else read_with_prompt(response, prompt)
+    if exact_match(read, golden_answers):
         return 1.0 if valid else 1.0 - structure
     if valid:
         return structure + (retrieval if answer_was_retrieved(response, golden_answers) else 0.0)
-    return final if last_answer(response, prompt) is not None else 0.0
+    return final if last_answer(read) is not None else 0.0
 
 
 def answer_was_retrieved(response: str, golden_answers: str | Sequence[str]) -> bool:
@@ -151,8 +151,8 @@ def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = Fa
         quoted = "".join(turn.text + _quoted(turn.observation) for turn in trajectory.turns)
         response = trajectory.response if reads_prompt else quoted
         return format_reward(response, golden, retrieval=RETRIEVAL if kind == "retrieval" else 0.0, prompt=prompt)
-    score = {"exact_match": exact_match, "f1": f1, "substring_match": substring_match}[kind]
-    return score(trajectory.response if reads_prompt else trajectory.policy_text, golden, prompt)
+    read = read_with_prompt(trajectory.response, prompt) if reads_prompt else trajectory.policy_text
+    return {"exact_match": exact_match, "f1": f1, "substring_match": substring_match}[kind](read, golden)
 
 
 def _quoted(observation: str) -> str:
