@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
-from searchr1_lite.config import load_profile
+from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.training import grpo
 from searchr1_lite.training.checkpoints import RunFolderError, latest_checkpoint, mark_checkpoint, rewind
@@ -134,3 +136,15 @@ def test_the_later_of_two_checkpoints_counts(tmp_path):
         (tmp_path / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
         mark_checkpoint(tmp_path, tmp_path / f"checkpoints/checkpoint-{step}")
     assert latest_checkpoint(tmp_path).name == "checkpoint-10"
+
+
+def test_a_committed_run_is_known_to_be_finished(tmp_path):
+    """Made before some settings were there; it is neither refused nor made again."""
+    shutil.copytree(ROOT / "data/results/runs/tiny-unmasked-seed1", tmp_path / "run")
+    settings = yaml.safe_load((tmp_path / "run/config.yaml").read_text(encoding="utf-8"))
+    assert "reward_reads_prompt" not in settings
+    said = []
+    grpo.train(load_profile("tiny", masked=False, seed=1), tmp_path / "run", progress=said.append)
+    assert said == ["run: finished already, nothing to do"]
+    with pytest.raises(RunFolderError, match="reward_reads_prompt: False there, True asked for"):
+        grpo.train(load_profile("tiny", masked=False, seed=1, reward_reads_prompt=True), tmp_path / "run")

@@ -54,11 +54,15 @@ def _digest(pieces: Any) -> str:
 
 
 def check_same_run(run_folder: Path, profile: Profile, inputs: dict[str, str]) -> None:
-    """Refuse a folder that holds a run with other settings or inputs; a folder without a run is fine."""
+    """Refuse a folder that holds a run with other settings or inputs; a folder without a run is fine.
+
+    A setting that is younger than the run had its default there.
+    """
     config = run_folder / "config.yaml"
     if not config.is_file():
         return
-    there = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+    newer = {name: field.default for name, field in Profile.model_fields.items() if not field.is_required()}
+    there = newer | (yaml.safe_load(config.read_text(encoding="utf-8")) or {})
     there |= {
         f"contents of {key}": value for key, value in read_json(run_folder / "environment.json")["inputs"].items()
     }
