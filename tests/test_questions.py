@@ -80,6 +80,7 @@ def test_a_file_that_names_splits_is_divided_by_them(tmp_path: Path) -> None:
     rows = [row(str(i), metadata={"split": "dev" if i % 3 else "train"}) for i in range(9)]
     path = write(tmp_path / "q.jsonl", rows)
     assert [q.id for q in load_questions(str(path), "train")] == ["0", "3", "6"]
+    assert [q.id for q in load_questions(str(path), "all")] == [str(i) for i in range(9)]
     with pytest.raises(QuestionError, match="no questions in split 'test'; there are dev, train"):
         load_questions(str(path), "test")
     half = write(tmp_path / "half.jsonl", [*rows, row("x")])
@@ -92,6 +93,7 @@ def test_a_file_without_splits_is_divided_by_id(tmp_path: Path) -> None:
     path = str(write(tmp_path / "q.jsonl", rows))
     train, test = ([q.id for q in load_questions(path, split)] for split in ("train", "test"))
     assert sorted(train + test) == sorted(r["id"] for r in rows)
+    assert [q.id for q in load_questions(path, "all")] == [r["id"] for r in rows]
     assert 0.76 < len(train) / 2000 < 0.84
     some = str(write(tmp_path / "some.jsonl", rows[500:900]))
     assert set(q.id for q in load_questions(some, "test")) == set(test) & {r["id"] for r in rows[500:900]}

@@ -62,7 +62,7 @@ def load_questions(source: str, split: str) -> list[Question]:
     Where the questions are of more than one set (by `data_source`, or as joined), each id is prefixed by its set, so
     that equal ids of two sets stay apart; Search-R1 merges their GRPO groups. In a single file, the split is each row's
     `metadata.split` or `extra_info.split`; a file without any is divided by a hash of the id into "train" (80 %) and
-    "test" (20 %), the same on every machine and whatever else the file holds. A set without "test" gives its "dev" for
+    "test" (20 %), the same on every machine and whatever else the file holds; "all" is the whole file. A set without "test" gives its "dev" for
     it, as Search-R1's scripts/data_process/qa_search_test_merge.py does; that script would go on to "train", which no
     set of the paper needs and which is refused here.
     Raises QuestionError, also where a set loaded by its name has not as many questions as the paper's.
@@ -208,6 +208,8 @@ def _question(row: dict[str, Any], where: str) -> Question:
 
 
 def _split_of_file(pairs: list[Named], split: str, path: Path) -> list[Named]:
+    if split == "all":
+        return pairs
     named = sum("split" in question.metadata for _, question in pairs)
     if named not in (0, len(pairs)):
         raise QuestionError(f"{path}: {named} of {len(pairs)} rows have metadata.split; all or none must")
