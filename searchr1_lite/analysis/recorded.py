@@ -124,9 +124,7 @@ def _written(row: Row) -> str:
 
 
 def _found(row: Row) -> bool:
-    """An answer of nothing but punctuation (NQ has a few) is part of any text, and says nothing."""
-    golden = [answer for answer in row["question"]["golden_answers"] if normalize_answer(answer)]
-    return any(answer_was_retrieved(turn["observation"], golden) for turn in row["turns"])
+    return any(answer_was_retrieved(turn["observation"], row["question"]["golden_answers"]) for turn in row["turns"])
 
 
 def _words_around_action(text: str) -> int:
