@@ -62,9 +62,9 @@ def load_questions(source: str, split: str) -> list[Question]:
     Where the questions are of more than one set (by `data_source`, or as joined), each id is prefixed by its set, so
     that equal ids of two sets stay apart; Search-R1 merges their GRPO groups. In a single file, the split is each row's
     `metadata.split` or `extra_info.split`; a file without any is divided by a hash of the id into "train" (80 %) and
-    "test" (20 %), the same on every machine and whatever else the file holds; "all" is the whole file. A set without "test" gives its "dev" for
-    it, as Search-R1's scripts/data_process/qa_search_test_merge.py does; that script would go on to "train", which no
-    set of the paper needs and which is refused here.
+    "test" (20 %), the same on every machine and whatever else the file holds; "all" is the whole file. A set without
+    "test" gives its "dev" for it, as Search-R1's scripts/data_process/qa_search_test_merge.py does; that script would
+    go on to "train", which no set of the paper needs and which is refused here.
     Raises QuestionError, also where a set loaded by its name has not as many questions as the paper's.
     """
     return keep_apart(load_by_set(source, split), source)
