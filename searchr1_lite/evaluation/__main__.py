@@ -150,7 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
     except ERRORS as error:
         sys.exit(f"error: {error}")
     for decoding in DECODINGS[given.decoding]:
-        for name, one in ({"all": result[decoding]} | result[decoding]["by_data_set"]).items():
+        sets = result[decoding]["by_data_set"]
+        for name, one in ({"all": result[decoding]} | (sets if len(sets) > 1 else {})).items():
             low, high = one["exact_match_interval"]
             score = f"exact match {one['exact_match']:.3f} [{low:.3f}, {high:.3f}], F1 {one['f1']:.3f}"
             print(f"{decoding}, {name}: {one['questions']} questions, {score}, {one['mean_searches']:.2f} searches")
