@@ -174,16 +174,19 @@ def test_a_file_of_questions_is_taken_whole_unless_a_split_is_asked(made, tmp_pa
 
 
 def test_the_questions_come_along_with_their_splits(made, tmp_path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/new-questions.jsonl.gz").write_bytes(b"left by a call that was cut off")
     made()
     assert read_questions(tmp_path / "sub/questions.jsonl.gz") == read_questions(tmp_path / "questions.jsonl.gz")
-    asked = [{"id": f"q{i}", "question": "Who?", "golden_answers": ["A"], "metadata": {}} for i in range(20)]
-    file = write_rows(tmp_path / "twenty.jsonl", asked)
-    made("--questions", file, "--split", "train+test", "--limit", 3)
-    ours = str(tmp_path / "sub/questions.jsonl.gz")
+    (tmp_path / "ten").mkdir()
     for split in ("train", "test"):
-        assert len(load_questions(ours, split)) == 3
-        assert set(load_questions(ours, split)) <= set(load_questions(str(file), split))
-    assert "share ids" in made("--questions", file, "--split", "test+test")
+        row = {"question": "Who?", "golden_answers": ["A"], "metadata": {}}
+        write_rows(tmp_path / f"ten/{split}.jsonl", [{"id": f"{split}{i}"} | row for i in range(10)])
+    made("--questions", tmp_path / "ten", "--split", "train+test", "--limit", 7)
+    for split in ("train", "test"):
+        keys = [question.id for question in load_questions(str(tmp_path / "sub/questions.jsonl.gz"), split)]
+        assert len(keys) == 7 and all(key.startswith(split) for key in keys)
+    assert "share ids" in made("--questions", tmp_path / "ten", "--split", "test+test")
 
 
 @pytest.mark.parametrize("wrong", [("--distractors", -1), ("--per-question", 0), ("--limit", 0)])

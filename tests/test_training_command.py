@@ -4,6 +4,7 @@ import pytest
 
 from searchr1_lite.config import ROOT
 from searchr1_lite.provenance import command as command_typed
+from searchr1_lite.provenance import provenance
 from searchr1_lite.training import __main__ as command
 
 
@@ -40,3 +41,11 @@ def test_a_word_without_a_value_is_refused(tmp_path, capsys):
 def test_the_command_kept_with_a_run_is_one_that_can_be_typed(monkeypatch, program, said):
     monkeypatch.setattr("sys.argv", [str(program), "seed=3"])
     assert command_typed() == said
+
+
+def test_a_result_says_how_many_threads_it_had(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert provenance(["torch", "no-such-package"])["machine"]["threads"] == "3"
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    made = provenance(["torch", "no-such-package"])
+    assert made["machine"]["threads"] == "all" and made["versions"]["no-such-package"] is None
