@@ -6,10 +6,10 @@ import random
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from trl import GRPOTrainer
 
-from searchr1_lite.config import load_profile
+from searchr1_lite.config import ConfigError, load_profile
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import load_policy
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
@@ -297,3 +297,36 @@ def test_the_real_profile_runs_on_a_shrunken_model(policy, tmp_path):
     assert all(x.dtype == torch.float32 for x in weights.values())
     assert any(x.abs().max() > 0 for name, x in weights.items() if "lora_B" in name)
     assert str(base) == json.loads((folder / "adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_context_tokens": 4096}, r"max_context_tokens = 4096, but data/tiny-base reads 2048 tokens at most"),
+        (
+            {"lora_target": ["q_proj", "w_proj"]},
+            "'w_proj': no linear layer has this name; there are .*, o_proj, .*",
+        ),
+        ({"lora_target": ["proj"]}, "lora_target 'proj': no linear layer"),
+        (
+            {"lora_target": ["lm_head", "q_proj"]},
+            "'lm_head': the trainer reads lm_head without its adapter",
+        ),
+        ({"lora_target": ".*(head|q_proj)"}, "lm_head without"),
+        ({"lora_target": "q_proj"}, "no linear layer"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_before_the_model_loads(settings, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "load_policy", lambda profile: pytest.fail("the model was loaded"))
+    with pytest.raises(ConfigError, match=says):
+        grpo.train(load_profile("tiny", **settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("target", ["all-linear", ["q_proj", "mlp.up_proj"], r".*\.(q|v)_proj"])
+def test_the_layers_that_peft_would_find_are_found(target):
+    profile = load_profile("tiny", lora_target=target)
+    grpo.check_settings(profile)
+    get_peft_model(
+        load_policy(profile.model_copy(update={"quantization": "none"})).model, LoraConfig(target_modules=target)
+    )

@@ -23,6 +23,15 @@ def test_a_setting_that_cannot_be_is_one_message(monkeypatch, tmp_path, setting,
         command.main(["--run-folder", str(tmp_path), setting])
 
 
+def test_what_a_user_can_put_right_is_one_line(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 7\n")
+    (tmp_path / "environment.json").write_text('{"inputs": {}}')
+    with pytest.raises(SystemExit, match=r"^error: .*holds another run \("):
+        command.main(["--run-folder", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^error: no questions called 'nowhere'"):
+        command.main(["--run-folder", str(tmp_path), "questions=nowhere"])
+
+
 def test_a_word_without_a_value_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         command.main(["--run-folder", str(tmp_path), "masked"])

@@ -34,21 +34,15 @@ from searchr1_lite.evaluation.evaluate import evaluate, figures, progress_line, 
 from searchr1_lite.evaluation.metrics import macro_average
 from searchr1_lite.jsonl import append_rows, read_rows, write_json
 from searchr1_lite.retrieval.build import load_retriever
-from searchr1_lite.retrieval.corpus import CorpusError, load_corpus
-from searchr1_lite.retrieval.encoders import EncoderError
-from searchr1_lite.retrieval.manifest import IndexMismatchError
-from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError
+from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.rollout.policy import Policy, PolicyError, load_policy, with_adapter
-from searchr1_lite.tasks.questions import QuestionError
-from searchr1_lite.training.__main__ import setting
+from searchr1_lite.training.__main__ import ERRORS, setting
 from searchr1_lite.training.checkpoints import RunFolderError, check_same_run, fingerprint, is_finished, read_json
 from searchr1_lite.training.grpo import held_out
 from searchr1_lite.training.recording import environment
 from searchr1_lite.types import Question
 
 DECODINGS = {"greedy": ["greedy"], "sampled": ["sampled"], "both": ["greedy", "sampled"]}
-ERRORS = (ConfigError, QuestionError, CorpusError, EncoderError, IndexMismatchError, PolicyError, RunFolderError)
-ERRORS += (PromptTooLongError, RetrievalError)
 ROWS, MARK = "trajectories.jsonl.gz", "progress.json"
 
 

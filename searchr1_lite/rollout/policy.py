@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from searchr1_lite.config import Profile, resolve_path
 
@@ -40,6 +40,13 @@ def load_policy(profile: Profile) -> Policy:
     _check_tokenizer(tokenizer, model, profile.model)
     model.eval()
     return Policy(model, tokenizer, device, quantization)
+
+
+def load_skeleton(profile: Profile) -> Any:
+    """The profile's model without its weights, from its config alone: what it is made of, before it is loaded."""
+    config = _from_pretrained(AutoConfig, _source(profile.model), profile.model)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def with_adapter(policy: Policy, folder: Path) -> Policy:

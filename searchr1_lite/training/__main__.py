@@ -10,7 +10,18 @@ from pathlib import Path
 import yaml
 
 from searchr1_lite.config import ConfigError, load_profile
+from searchr1_lite.retrieval.corpus import CorpusError
+from searchr1_lite.retrieval.encoders import EncoderError
+from searchr1_lite.retrieval.manifest import IndexMismatchError
+from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError
+from searchr1_lite.rollout.policy import PolicyError
+from searchr1_lite.tasks.questions import QuestionError
+from searchr1_lite.training.checkpoints import RunFolderError
 from searchr1_lite.training.grpo import train
+
+# What a user can put right; a message says it, and a traceback would hide it. Anything else is a fault of ours.
+ERRORS = (ConfigError, QuestionError, CorpusError, EncoderError, IndexMismatchError, PolicyError, RunFolderError)
+ERRORS += (PromptTooLongError, RetrievalError)
 
 
 def setting(text: str) -> tuple[str, object]:
@@ -30,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         profile = load_profile(given.profile, **dict(given.settings))
         train(profile, given.run_folder)
-    except ConfigError as error:
+    except ERRORS as error:
         sys.exit(f"error: {error}")
 
 

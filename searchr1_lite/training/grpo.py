@@ -8,6 +8,7 @@ merging the adapter into the 4-bit base, which corrupts it.
 
 import os
 import random
+import re
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,13 +22,13 @@ from peft import LoraConfig
 from transformers import PrinterCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from searchr1_lite.config import Profile, save_config
+from searchr1_lite.config import ConfigError, Profile, save_config
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate
 from searchr1_lite.jsonl import write_json
 from searchr1_lite.retrieval.build import load_retriever
 from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy, load_policy
+from searchr1_lite.rollout.policy import Policy, load_policy, load_skeleton
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.training import checkpoints
@@ -52,7 +53,8 @@ def train(
     """Train as the profile says and return the run folder; what is not given is loaded from what the profile names.
 
     A run that was cut off goes on from its last checkpoint, to the same result; a finished one is returned as it is.
-    Raises RunFolderError where the folder holds a run with other settings, questions or model.
+    Raises RunFolderError where the folder holds a run with other settings, questions or model, and ConfigError for
+    settings that the model cannot work with.
     """
     run_folder = Path(run_folder)
     questions = list(questions or load_questions(profile.questions, profile.train_split))
@@ -62,6 +64,8 @@ def train(
     if checkpoints.is_finished(run_folder):
         progress(f"{run_folder.name}: finished already, nothing to do")
         return run_folder
+    if policy is None:
+        check_settings(profile)
     order = question_order(questions, profile)
     checkpoint = checkpoints.latest_checkpoint(run_folder)
     checkpoints.rewind(run_folder, checkpoint)
@@ -85,6 +89,27 @@ def train(
     finally:
         trainer.model.unload()  # gives the caller's model back without the adapter
     return run_folder
+
+
+def check_settings(profile: Profile) -> None:
+    """Refuse what could only fail later, before weights are loaded; raises ConfigError with the setting to change."""
+    model = load_skeleton(profile)
+    own = getattr(model.config, "max_position_embeddings", None)
+    if own and profile.max_context_tokens > own:
+        reads = f"{profile.model} reads {own} tokens at most"
+        raise ConfigError(f"max_context_tokens = {profile.max_context_tokens}, but {reads}; lower the setting")
+    if profile.lora_target == "all-linear":
+        return
+    layers = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    wanted = profile.lora_target
+    for target in [wanted] if isinstance(wanted, str) else wanted:
+        # as PEFT takes them: one text is a regular expression, a list has names
+        fits = re.compile(target if target is wanted else rf"(.*\.)?{re.escape(target)}")
+        chosen = [name for name in layers if fits.fullmatch(name)]
+        if not chosen or "lm_head" in chosen:
+            reason = "the trainer reads lm_head without its adapter" if chosen else "no linear layer has this name"
+            names = sorted({name.rpartition(".")[2] for name in layers} - {"lm_head"})
+            raise ConfigError(f"lora_target {target!r}: {reason}; there are {', '.join(names)}, or all-linear")
 
 
 def held_out(profile: Profile) -> list[Question]:
