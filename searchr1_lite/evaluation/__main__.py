@@ -14,8 +14,9 @@ again goes on after a cut, batch by batch, to the same result.
 
 To evaluate as the paper does (arXiv 2503.09516; Search-R1, scripts/nq_hotpotqa): exact match over wiki-18 with
 e5-base-v2, topk=3, max_turns=4, chat_template=true for base and for instruct models, since both were trained in the
-template, and quantization=none. The tags stay ordinary text: registering them as special tokens costs released
-checkpoints several points.
+template, and quantization=none. The tags stay ordinary text, as in training: a re-evaluation of the released
+checkpoints (GaurisankarJ/reason_over_search, docs/COMPARISON_PLAN_B_v1.md) lost points on NQ while they were special
+tokens.
 
 Greedy or sampled? Search-R1's validation asks for greedy decoding, but the request is lost on the way to its search
 loop, which samples at temperature 1 (ray_trainer.py, _validate; llm_agent/generation.py, run_llm_loop). How the

@@ -1,9 +1,9 @@
 """BM25 search with bm25s: English stems, a short stopword list, title and text as one field.
 
 k1, b and the stopwords are Pyserini's defaults, because Search-R1's BM25 is Pyserini's. Two things differ from its
-analyser: the stemmer is Porter's second (Snowball English), and single characters are no words. With Porter's first and
-Lucene's words, SciFact has nDCG@10 0.678 and recall@100 0.925, which are Anserini's figures; here it has what is in
-data/results/retrieval/scifact.json. Other languages, fields with weights and query expansion are left out.
+analyser: the stemmer is Porter's second (Snowball English), and single characters are no words. How near that comes to
+Anserini's published figures is in data/results/retrieval/scifact.json. Other languages, fields with weights and query
+expansion are left out.
 """
 
 from dataclasses import dataclass

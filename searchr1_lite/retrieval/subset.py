@@ -206,7 +206,7 @@ def cut_index(index: faiss.IndexFlatIP, rows: list[int], passages: list[Passage]
     return DenseRetriever(passages, encoder, fresh)
 
 
-def ask(source: str, splits: str | None, limit: int | None, seed: int) -> list[Question]:
+def chosen_questions(source: str, splits: str | None, limit: int | None, seed: int) -> list[Question]:
     """`limit` questions, drawn, of each split ("train+test"); without splits of a whole file or of "test"."""
     if splits is None and resolve_path(source).is_file():
         return draw(read_questions(resolve_path(source)), limit, seed)
@@ -226,6 +226,7 @@ def draw(questions: list[Question], limit: int | None, seed: int) -> list[Questi
 
 
 def write_questions(questions: list[Question], out: Path) -> None:
+    """A .jsonl.gz file that `read_questions` reads, put in place when it is whole."""
     fresh = out.with_name(f"new-{out.name}")
     fresh.unlink(missing_ok=True)
     append_rows(fresh, (asdict(question) for question in questions))
@@ -286,7 +287,7 @@ def main() -> None:
         parser.error("--distractors must be 0 or more, --per-question and --limit 1 or more")
     args.encoder = args.encoder or (E5 if args.index else None)
     try:
-        record = make_subset(args, ask(args.questions, args.split, args.limit, args.seed))
+        record = make_subset(args, chosen_questions(args.questions, args.split, args.limit, args.seed))
     except EncoderError as error:
         sys.exit(f"error: {error}; dense search needs {args.encoder}: fetch it once, or name its folder with --encoder")
     except (CorpusError, QuestionError, OSError) as error:
