@@ -55,6 +55,10 @@ class Profile(BaseModel):
     max_prompt_tokens: Positive
     max_context_tokens: Positive  # prompt, turns and observations together
     temperature: Annotated[float, Field(gt=0)]
+    rollout_rows: Positive  # trajectories written at the same time, in training and evaluation; the others wait
+    sampling_weights: Literal["quantized", "dequantized"] = "dequantized"  # a 4-bit base while it writes; see weights.py
+    sampler: Literal["local", "vllm"] = "local"  # what writes: this process, or a vLLM server (rollout/vllm.py)
+    vllm_url: str = "http://127.0.0.1:8000"
 
     # Learning
     masked: bool  # True: learn only from tokens that the model wrote. False: from retrieved tokens too (the ablation)
@@ -66,7 +70,7 @@ class Profile(BaseModel):
     questions_per_step: Positive
     group_size: Annotated[int, Field(ge=2)]  # rollouts a question
     updates_per_rollout: Positive  # optimizer updates made from one batch of rollouts
-    micro_batch_size: Positive  # trajectories in one forward and backward
+    micro_batch_tokens: Positive  # tokens, padding included, in one forward and backward; costs memory, changes no result
     learning_rate: Annotated[float, Field(gt=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
     beta: Annotated[float, Field(ge=0)]  # KL coefficient, in the loss
@@ -78,17 +82,16 @@ class Profile(BaseModel):
 
     # Looking at it
     eval_questions: Positive  # held-out questions answered before and after training, greedily
-    eval_batch_size: Positive
     save_every: Positive  # steps between checkpoints
     save_trajectories_every: Positive  # steps between saved batches of trajectories
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
         rollouts = self.questions_per_step * self.group_size
-        if rollouts % (self.micro_batch_size * self.updates_per_rollout):
+        if rollouts % self.updates_per_rollout:
             raise ValueError(
-                f"questions_per_step x group_size = {rollouts} must be a multiple of micro_batch_size x "
-                f"updates_per_rollout = {self.micro_batch_size * self.updates_per_rollout}"
+                f"questions_per_step x group_size = {rollouts} must be a multiple of "
+                f"updates_per_rollout = {self.updates_per_rollout}"
             )
         least = self.max_prompt_tokens + self.max_response_tokens
         if self.max_context_tokens < least:
