@@ -56,7 +56,7 @@ class Profile(BaseModel):
     max_context_tokens: Positive  # prompt, turns and observations together
     temperature: Annotated[float, Field(gt=0)]
     rollout_rows: Positive  # trajectories written at the same time, in training and evaluation; the others wait
-    sampling_weights: Literal["quantized", "dequantized"] = "dequantized"  # a 4-bit base while it writes; see weights.py
+    sampling_weights: Literal["quantized", "dequantized"] = "dequantized"  # a 4-bit base while it writes
     sampler: Literal["local", "vllm"] = "local"  # what writes: this process, or a vLLM server (rollout/vllm.py)
     vllm_url: str = "http://127.0.0.1:8000"
 
@@ -70,7 +70,7 @@ class Profile(BaseModel):
     questions_per_step: Positive
     group_size: Annotated[int, Field(ge=2)]  # rollouts a question
     updates_per_rollout: Positive  # optimizer updates made from one batch of rollouts
-    micro_batch_tokens: Positive  # tokens, padding included, in one forward and backward; costs memory, changes no result
+    micro_batch_tokens: Positive  # tokens, padding included, in one forward and backward; memory and time, not result
     learning_rate: Annotated[float, Field(gt=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
     beta: Annotated[float, Field(ge=0)]  # KL coefficient, in the loss

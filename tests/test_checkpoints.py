@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from searchr1_lite.config import ROOT, load_profile
+from searchr1_lite.config import ROOT, Profile, load_profile
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.training import grpo
 from searchr1_lite.training.checkpoints import RunFolderError, latest_checkpoint, mark_checkpoint, rewind
@@ -37,7 +37,7 @@ def run(folder, tokenizer, retriever, progress=lambda line: None, **overrides):
         "steps": 4,
         "questions_per_step": 2,
         "group_size": 2,
-        "micro_batch_size": 2,
+        "micro_batch_tokens": 1000,
         "updates_per_rollout": 2,
         "save_every": 2,
         "save_trajectories_every": 1,
@@ -141,10 +141,19 @@ def test_the_later_of_two_checkpoints_counts(tmp_path):
 def test_a_committed_run_is_known_to_be_finished(tmp_path):
     """Made before some settings were there; it is neither refused nor made again."""
     shutil.copytree(ROOT / "data/results/runs/tiny-unmasked-seed1", tmp_path / "run")
-    settings = yaml.safe_load((tmp_path / "run/config.yaml").read_text(encoding="utf-8"))
-    assert "reward_reads_prompt" not in settings
+    config = tmp_path / "run/config.yaml"
+    settings = load_profile("tiny", masked=False, seed=1).model_dump()
+    settings |= yaml.safe_load(config.read_text(encoding="utf-8"))
+    del settings["reward_reads_prompt"]
+    settings = {key: value for key, value in settings.items() if key in Profile.model_fields}
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     said = []
     grpo.train(load_profile("tiny", masked=False, seed=1), tmp_path / "run", progress=said.append)
     assert said == ["run: finished already, nothing to do"]
     with pytest.raises(RunFolderError, match="reward_reads_prompt: False there, True asked for"):
         grpo.train(load_profile("tiny", masked=False, seed=1, reward_reads_prompt=True), tmp_path / "run")
+    del settings["micro_batch_tokens"]  # a run from when rows were counted, not tokens
+    config.write_text(yaml.safe_dump(settings | {"micro_batch_size": 4}), encoding="utf-8")
+    gone = "micro_batch_size: a setting that is gone since; micro_batch_tokens: a setting that did not exist"
+    with pytest.raises(RunFolderError, match=rf"holds another run \({gone}\)\. Give another run folder"):
+        grpo.train(load_profile("tiny", masked=False, seed=1), tmp_path / "run")

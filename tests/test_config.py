@@ -25,10 +25,12 @@ def test_there_is_the_tiny_run_and_the_real_one():
         ({"steps": 0}, "steps: .*greater than 0"),
         ({"group_size": 1}, "group_size: .*greater than or equal to 2"),
         ({"quantization": "int8"}, "quantization: .*'none' or 'nf4'"),
+        ({"micro_batch_tokens": 0}, "micro_batch_tokens: .*greater than 0"),
+        ({"micro_batch_size": 4}, "micro_batch_size: there is no such setting; did you mean micro_batch_tokens"),
         ({"temperature": 0}, "temperature: .*greater than 0"),
         ({"lora_dropout": 1.5}, "lora_dropout: .*less than or equal to 1"),
         ({"masked": "perhaps"}, "masked: .*'perhaps'"),
-        ({"questions_per_step": 5, "group_size": 5, "micro_batch_size": 4}, "questions_per_step x group_size = 25"),
+        ({"questions_per_step": 5, "group_size": 5, "updates_per_rollout": 4}, "questions_per_step x group_size = 25"),
         ({"max_context_tokens": 100}, "max_context_tokens = 100 leaves no room"),
     ],
 )

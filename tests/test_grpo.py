@@ -6,6 +6,8 @@ import random
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from trl import GRPOTrainer
 
@@ -14,7 +16,14 @@ from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import load_policy
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
 from searchr1_lite.training import grpo
-from searchr1_lite.training.objective import group_advantages, grpo_loss, token_logprobs
+from searchr1_lite.training.objective import (
+    group_advantages,
+    grpo_loss,
+    k3_kl,
+    masked_mean,
+    token_entropies,
+    token_logprobs,
+)
 from searchr1_lite.training.recording import rollout_metrics
 from searchr1_lite.types import Question
 
@@ -22,7 +31,7 @@ QUESTIONS = [Question(str(n), f"What is {n}?", ("a",), {"hops": 1 + n % 2}) for 
 SMALL = {
     "questions_per_step": 2,
     "group_size": 4,
-    "micro_batch_size": 4,
+    "micro_batch_tokens": 100_000,
     "steps": 1,
     "eval_questions": 2,
     "max_turns": 1,
@@ -61,8 +70,8 @@ def forge(monkeypatch):
     return made
 
 
-def a_micro_batch(policy, tmp_path, profile):
-    """A trainer whose adapter has moved away from the base, and the first micro-batch of its first step."""
+def an_update(policy, tmp_path, profile):
+    """A trainer whose adapter has moved away from the base, and the rows of its first update."""
     trainer = grpo.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
@@ -85,8 +94,8 @@ def gradient(loss, trainer):
     return torch.cat([part.flatten() for part in torch.autograd.grad(loss, adapter(trainer))])
 
 
-def by_hand(trainer, inputs, made, profile):
-    """The loss of the same micro-batch from the trajectories, full logits and objective.py."""
+def by_hand(trainer, inputs, made, profile, metrics=None):
+    """The loss of the same update from the trajectories, full logits and objective.py; its means into `metrics`."""
     advantages = group_advantages(torch.tensor([float("<answer>a" in t.policy_text) for t in made]), 4)
     assert len(set(advantages.tolist())) > 2
     logits, ids, mask, chosen, old, reference = ([] for _ in range(6))
@@ -107,6 +116,13 @@ def by_hand(trainer, inputs, made, profile):
             old.append(inputs["old_per_token_logps"][row])
     logits, ids, mask, chosen, reference = (torch.stack(x) for x in (logits, ids, mask, chosen, reference))
     old = torch.stack(old) if old else None
+    if metrics is not None:
+        logprobs = token_logprobs(logits, ids)
+        ratio, sign = (logprobs - (logprobs if old is None else old)).exp(), chosen.unsqueeze(1)
+        clipped = ((ratio < 1 - profile.epsilon) & (sign < 0)) | ((ratio > 1 + profile.epsilon) & (sign > 0))
+        metrics["kl"] = masked_mean(k3_kl(logprobs, reference), mask).item()
+        metrics["entropy"] = masked_mean(token_entropies(logits), mask).item()
+        metrics["clip_ratio/region_mean"] = masked_mean(clipped.float(), mask).item()
     options = {"epsilon": profile.epsilon, "beta": profile.beta, "entropy_coef": profile.entropy_coef}
     return grpo_loss(logits, ids, mask, chosen, old, reference, **options)
 
@@ -115,7 +131,7 @@ def by_hand(trainer, inputs, made, profile):
 @pytest.mark.parametrize("updates", [1, 2])
 def test_trl_computes_the_hand_written_loss_and_gradient(policy, tmp_path, forge, masked, updates):
     profile = tiny(masked=masked, updates_per_rollout=updates, beta=0.04, entropy_coef=0.01, temperature=0.8)
-    trainer, inputs = a_micro_batch(policy, tmp_path, profile)
+    trainer, inputs = an_update(policy, tmp_path, profile)
     assert ("old_per_token_logps" in inputs) == (updates == 2)
     move(trainer, 1)  # so that with old log-probabilities the ratio is not 1 and some tokens are clipped
     loss, expected = trainer.compute_loss(trainer.model, inputs), by_hand(trainer, inputs, forge, profile)
@@ -128,10 +144,10 @@ def test_trl_computes_the_hand_written_loss_and_gradient(policy, tmp_path, forge
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_no_gradient_where_the_model_did_not_write(policy, tmp_path, forge, monkeypatch, masked):
+def test_no_gradient_where_the_model_did_not_write(policy, tmp_path, forge, masked):
     """The last hidden state of a position feeds nothing but that position's prediction."""
-    monkeypatch.setattr(grpo, "ROWS_TOGETHER", 1)  # so that a state holds one trajectory, trimmed to its length
-    trainer, inputs = a_micro_batch(policy, tmp_path, tiny(masked=masked))
+    alone = tiny(masked=masked, micro_batch_tokens=1)  # a state holds one trajectory, trimmed to its length
+    trainer, inputs = an_update(policy, tmp_path, alone)
     states = []
     norm = trainer.model.get_base_model().model.norm
     handle = norm.register_forward_hook(lambda module, args, output: states.append(output))
@@ -140,7 +156,7 @@ def test_no_gradient_where_the_model_did_not_write(policy, tmp_path, forge, monk
     lengths = inputs["completion_mask"].sum(dim=1).tolist()
     seen = [row[:length].tolist() for row, length in zip(inputs["completion_ids"], lengths, strict=True)]
     batch = [next(t for t in forge if ids == [*t.completion_ids, policy.tokenizer.eos_token_id]) for ids in seen]
-    batch.sort(key=lambda t: len(t.prompt_ids) + len(t.completion_ids))
+    batch.sort(key=lambda t: -len(t.prompt_ids) - len(t.completion_ids))
     for t, gradient in zip(batch, torch.autograd.grad(loss, states), strict=True):
         size = gradient[0, len(t.prompt_ids) - 1 :].abs().sum(dim=-1)  # of the states that predict the completion
         own = torch.tensor(t.loss_mask).bool()
@@ -151,18 +167,135 @@ def test_no_gradient_where_the_model_did_not_write(policy, tmp_path, forge, monk
 
 
 def test_trimming_changes_nothing_that_counts(policy, tmp_path, forge):
-    trainer, inputs = a_micro_batch(policy, tmp_path, tiny())
+    trainer, inputs = an_update(policy, tmp_path, tiny())
     ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
     attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
     ids, attention = (torch.nn.functional.pad(x, (3, 5)) for x in (ids, attention))
     counts = torch.nn.functional.pad(inputs["completion_mask"], (0, 5)).bool()
-    for batch_size in (None, 3):
-        arguments = (trainer.model, ids, attention, counts.shape[1], batch_size)
+    for tokens in (1, 100, 100_000):
+        trainer.settings = tiny(micro_batch_tokens=tokens)
+        arguments = (trainer.model, ids, attention, counts.shape[1])
         ours = trainer._get_per_token_logps_and_entropies(*arguments, compute_entropy=True)
         theirs = GRPOTrainer._get_per_token_logps_and_entropies(trainer, *arguments, compute_entropy=True)
         for one, other in zip(ours[:2], theirs[:2], strict=True):
             assert one.shape == other.shape
             torch.testing.assert_close(one[counts], other[counts], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_how_memory_is_split_does_not_change_what_is_learned(policy, tmp_path, forge, updates):
+    """One part, several, or a row each: the loss, gradient and metrics of the whole update."""
+    settings = {"updates_per_rollout": updates, "beta": 0.04, "entropy_coef": 0.01, "max_grad_norm": 1e9}
+    trainer, inputs = an_update(policy, tmp_path, tiny(**settings))
+    assert len(inputs["completion_ids"]) == 8 // updates
+    move(trainer, 1)
+    trainer._prepare_inputs = lambda batch: batch
+    metrics = {}
+    expected = by_hand(trainer, inputs, forge, trainer.settings, metrics)
+    assert metrics["kl"] > 1e-3 and (metrics["clip_ratio/region_mean"] > 0) == (updates == 2)
+    wanted = gradient(expected, trainer)
+    sizes = []
+    handle = trainer.model.get_base_model().model.embed_tokens.register_forward_hook(
+        lambda module, arguments, output: sizes.append(arguments[0].shape)
+    )
+    for tokens, least, most in ((100_000, 1, 1), (100, 2, 3), (1, 8 // updates, 8 // updates)):
+        trainer.settings = tiny(**settings, micro_batch_tokens=tokens)
+        trainer._metrics["train"].clear()
+        trainer.model.zero_grad()
+        sizes.clear()
+        loss = trainer.training_step(trainer.model, inputs)
+        assert least <= len(sizes) <= most and all(rows == 1 or rows * width <= tokens for rows, width in sizes)
+        torch.testing.assert_close(loss, expected.detach(), atol=1e-6, rtol=1e-5)
+        ours = torch.cat([parameter.grad.flatten() for parameter in adapter(trainer)])
+        torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-4)
+        noted = trainer._metrics["train"]
+        assert {name: [pytest.approx(value, abs=1e-6)] for name, value in metrics.items()} == {
+            name: noted[name] for name in metrics
+        }
+    handle.remove()
+    assert trainer._step == 3
+
+
+def test_nothing_to_learn_from_is_no_gradient(policy, tmp_path, forge):
+    trainer, inputs = an_update(policy, tmp_path, tiny(micro_batch_tokens=80))
+    trainer._prepare_inputs = lambda batch: batch | {"tool_mask": torch.zeros_like(batch["tool_mask"])}
+    assert trainer.training_step(trainer.model, inputs) == 0
+    assert all((parameter.grad == 0).all() for parameter in adapter(trainer))
+    assert trainer._metrics["train"]["kl"] == trainer._metrics["train"]["entropy"] == [0.0]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 300)), min_size=1, max_size=20),
+    st.integers(1, 2000),
+    st.integers(1, 20),
+)
+def test_parts_hold_every_row_once_and_no_more_than_fits(lengths, tokens, at_least):
+    prompts, completions = zip(*lengths, strict=True)
+    parts = grpo.split_rows(prompts, completions, tokens, min(at_least, len(lengths)))
+    assert sorted(row for rows in parts for row in rows) == list(range(len(lengths)))
+    assert len(parts) >= min(at_least, len(lengths)) and all(parts)
+    for rows in parts:
+        width = max(prompts[row] for row in rows) + max(completions[row] for row in rows)
+        assert len(rows) == 1 or len(rows) * width <= tokens
+    order = [sum(lengths[row]) for rows in parts for row in rows]
+    assert order == sorted(order, reverse=True)
+
+
+def test_parts_by_hand():
+    assert grpo.split_rows([2, 2, 2, 2], [8, 3, 30, 3], 19) == [[2], [0], [1, 3]]
+    assert grpo.split_rows([2, 2, 2, 2], [8, 3, 30, 3], 19, 4) == [[2], [0], [1], [3]]
+    assert grpo.split_rows([1, 9], [9, 1], 20) == [[0], [1]]  # together they would be 18 wide
+
+
+def out_of_memory(*arguments, **options):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore to read")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_memory_for_training_names_the_settings(policy, tmp_path, forge, monkeypatch, checkpointing):
+    profile = tiny(micro_batch_tokens=512, gradient_checkpointing=checkpointing)
+    trainer = grpo.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
+    monkeypatch.setattr(policy.model.model, "forward", out_of_memory)
+    with pytest.raises(
+        grpo.MemoryFullError, match=r"in the training: lower micro_batch_tokens \(it is 512\)"
+    ) as raised:
+        trainer.train()
+    assert ("gradient_checkpointing is off" in str(raised.value)) != checkpointing
+    assert str(raised.value).endswith("(CUDA out of memory. Tried to allocate 2 GiB.)")
+
+
+def test_no_memory_for_the_rollout_names_the_settings(policy, tmp_path, retriever, monkeypatch):
+    says = r"in the rollout: lower rollout_rows \(it is 64\) or max_context_tokens \(it is 2500\)"
+    trainer = grpo.build_trainer(tiny(), tmp_path, policy, QUESTIONS[:2], retriever)
+    monkeypatch.setattr(policy.model.model, "forward", out_of_memory)
+    with pytest.raises(grpo.MemoryFullError, match=says):
+        trainer.train()
+    with pytest.raises(grpo.MemoryFullError, match=says):  # of the evaluation
+        grpo.train(tiny(), tmp_path, questions=QUESTIONS, eval_questions=QUESTIONS, retriever=retriever, policy=policy)
+
+
+def test_checkpointing_costs_the_rollout_no_cache(policy, tmp_path, retriever):
+    """In training mode a checkpointed model drops its cache, and writes noise."""
+    plain = rollout(policy, QUESTIONS[:2], retriever, tiny())
+    trainer = grpo.build_trainer(tiny(), tmp_path, policy, QUESTIONS[:2], retriever)
+    trainer.model.get_base_model().gradient_checkpointing_enable()  # as the trainer does when it starts
+    trainer.model.train()
+    widths = []
+    handle = trainer.model.get_base_model().model.embed_tokens.register_forward_hook(
+        lambda module, arguments, output: widths.append(arguments[0].shape[1])
+    )
+    checkpointed = rollout(dataclasses.replace(policy, model=trainer.model), QUESTIONS[:2], retriever, tiny())
+    handle.remove()
+    assert [t.completion_ids for t in checkpointed] == [t.completion_ids for t in plain]
+    assert widths.count(1) > len(widths) / 2 and trainer.model.training
+
+
+def test_training_makes_no_logits_over_the_vocabulary(policy, tmp_path, forge):
+    trainer, inputs = an_update(policy, tmp_path, tiny())
+    called = []
+    trainer.model.get_base_model().lm_head.register_forward_hook(lambda *_: called.append(1))
+    trainer.compute_loss(trainer.model, inputs).backward()
+    assert not called
 
 
 def test_the_engine_and_the_trainer_agree_on_log_probabilities(policy, tmp_path, retriever):

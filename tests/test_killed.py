@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_checkpoints import result, run
 
 KILLS = 6
-SETTINGS = {"steps": 10, "save_every": 2, "updates_per_rollout": 1, "micro_batch_size": 4}
+SETTINGS = {"steps": 10, "save_every": 2, "updates_per_rollout": 1}
 
 
 def work(folder: Path, retriever) -> None:

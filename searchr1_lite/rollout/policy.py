@@ -3,6 +3,7 @@
 A trained adapter goes on top, unmerged: merging corrupts 4-bit weights in place. Fresh adapters are training's.
 """
 
+import os
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +31,7 @@ class Policy:
 
 def load_policy(profile: Profile) -> Policy:
     """The profile's model in eval mode. Raises PolicyError where the model, the tokenizer or the device is missing."""
-    device = _device(profile.device)
+    device = choose_device(profile.device)
     source = _source(profile.model)
     tokenizer = _from_pretrained(AutoTokenizer, source, profile.model)
     if profile.quantization == "nf4":
@@ -70,12 +71,13 @@ def with_adapter(policy: Policy, folder: Path) -> Policy:
     return replace(policy, model=model.eval())
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The profile's `device`; of several GPUs the one that belongs to this process."""
     if name == "cuda" and not torch.cuda.is_available():
         raise PolicyError("the profile says device: cuda, but no GPU is visible here; use device=auto or device=cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if name == "cuda" else torch.device(name)
 
 
 def _source(model: str) -> str:

@@ -1,6 +1,7 @@
 """Train from a shell; any setting of the profile can follow as name=value.
 
 python -m searchr1_lite.training --run-folder data/results/runs/tiny-masked-seed0 seed=0 masked=true
+accelerate launch --num_processes 2 -m searchr1_lite.training --profile qwen2.5-3b-4bit --run-folder runs/two-gpus
 """
 
 import sys
@@ -17,11 +18,11 @@ from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError
 from searchr1_lite.rollout.policy import PolicyError
 from searchr1_lite.tasks.questions import QuestionError
 from searchr1_lite.training.checkpoints import RunFolderError
-from searchr1_lite.training.grpo import train
+from searchr1_lite.training.grpo import MemoryFullError, train
 
 # What a user can put right; a message says it, and a traceback would hide it. Anything else is a fault of ours.
 ERRORS = (ConfigError, QuestionError, CorpusError, EncoderError, IndexMismatchError, PolicyError, RunFolderError)
-ERRORS += (PromptTooLongError, RetrievalError)
+ERRORS += (PromptTooLongError, RetrievalError, MemoryFullError)
 
 
 def setting(text: str) -> tuple[str, object]:

@@ -63,15 +63,16 @@ def check_same_run(run_folder: Path, profile: Profile, inputs: dict[str, str]) -
         return
     newer = {name: field.default for name, field in Profile.model_fields.items() if not field.is_required()}
     there = newer | (yaml.safe_load(config.read_text(encoding="utf-8")) or {})
-    there |= {
-        f"contents of {key}": value for key, value in read_json(run_folder / "environment.json")["inputs"].items()
-    }
+    then = read_json(run_folder / "environment.json").get("inputs", {})
+    there |= {f"contents of {key}": value for key, value in then.items()}
     asked = profile.model_dump() | {f"contents of {key}": value for key, value in inputs.items()}
     different = [
-        f"{key}: {there.get(key)!r} there, {asked.get(key)!r} asked for"
-        for key in sorted(there | asked)
-        if there.get(key) != asked.get(key)
+        f"{key}: {there[key]!r} there, {asked[key]!r} asked for"
+        for key in sorted(there.keys() & asked.keys())
+        if there[key] != asked[key]
     ]
+    different += [f"{key}: a setting that is gone since" for key in sorted(there.keys() - asked.keys())]
+    different += [f"{key}: a setting that did not exist" for key in sorted(asked.keys() - there.keys())]
     if different:
         raise RunFolderError(
             f"{run_folder} holds another run ({'; '.join(different)}). Give another run folder, or delete this one."

@@ -2,7 +2,8 @@
 
 TRL's GRPOTrainer computes advantages, KL, the clipped loss and the optimizer's steps (objective.py has the same loss
 to read); `rollout_func` is the door through which trajectories and their loss mask come in. A step is one batch of
-rollouts and the `updates_per_rollout` optimizer updates made from it. Leaves out: vLLM, several GPUs, PPO, and
+rollouts and the `updates_per_rollout` optimizer updates made from it. Started by `accelerate launch`, every process
+works on its share of the questions, to the same result. Leaves out: vLLM, PPO, processes without a common disk, and
 merging the adapter into the 4-bit base, which corrupts it.
 """
 
@@ -11,24 +12,27 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
 from searchr1_lite.config import ConfigError, Profile, save_config
-from searchr1_lite.evaluation.evaluate import closed_book, evaluate
+from searchr1_lite.evaluation.evaluate import closed_book, evaluate, summarise
 from searchr1_lite.jsonl import write_json
 from searchr1_lite.retrieval.build import load_retriever
 from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy, load_policy, load_skeleton
+from searchr1_lite.rollout.policy import Policy, choose_device, load_policy, load_skeleton
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.training import checkpoints
@@ -36,8 +40,25 @@ from searchr1_lite.training.recording import Recorder, append_trajectories, envi
 from searchr1_lite.training.rewards import trajectory_reward
 from searchr1_lite.types import Question, Retriever
 
-ROWS_TOGETHER = 8  # trajectories of like length in one forward, at most
 EVALUATION_SAMPLES = 24  # trajectories kept of each evaluation, of the same questions before and after
+TOKEN_MEANS = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+
+
+class MemoryFullError(RuntimeError):
+    """The device's memory is full; the message names the settings to lower."""
+
+
+@contextmanager
+def memory_for(what: str, profile: Profile, *settings: str) -> Iterator[None]:
+    """Turn running out of memory into a MemoryFullError that names the settings to lower and their values."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        lower = " or ".join(f"{name} (it is {getattr(profile, name)})" for name in settings)
+        off = what == "training" and not profile.gradient_checkpointing
+        also = "; gradient_checkpointing is off, true needs far less" if off else ""
+        reason = str(error).partition("\n")[0]
+        raise MemoryFullError(f"the memory is full in the {what}: lower {lower}{also} ({reason})") from error
 
 
 def train(
@@ -53,10 +74,14 @@ def train(
     """Train as the profile says and return the run folder; what is not given is loaded from what the profile names.
 
     A run that was cut off goes on from its last checkpoint, to the same result; a finished one is returned as it is.
-    Raises RunFolderError where the folder holds a run with other settings, questions or model, and ConfigError for
-    settings that the model cannot work with.
+    Raises RunFolderError where the folder holds a run with other settings, questions or model, ConfigError for
+    settings that the model or the number of processes cannot work with, and MemoryFullError.
     """
     run_folder = Path(run_folder)
+    device = policy.device if policy else choose_device(profile.device)
+    process = PartialState(cpu=device.type == "cpu")  # one of several where `accelerate launch` started this
+    if not process.is_main_process:
+        progress = str  # says nothing
     questions = list(questions or load_questions(profile.questions, profile.train_split))
     eval_questions = list(eval_questions or held_out(profile))
     inputs = checkpoints.fingerprint(profile, questions, eval_questions)
@@ -64,17 +89,21 @@ def train(
     if checkpoints.is_finished(run_folder):
         progress(f"{run_folder.name}: finished already, nothing to do")
         return run_folder
+    check_processes(profile, len(eval_questions), process.num_processes)
     if policy is None:
         check_settings(profile)
     order = question_order(questions, profile)
     checkpoint = checkpoints.latest_checkpoint(run_folder)
-    checkpoints.rewind(run_folder, checkpoint)
+    process.wait_for_everyone()  # all have read the folder; from here on the main process alone writes to it
+    if process.is_main_process:
+        checkpoints.rewind(run_folder, checkpoint)
     retriever = retriever or load_retriever(profile, load_corpus(profile.corpus))
     policy = policy or load_policy(profile)
     (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
-        write_json(run_folder / "environment.json", environment(policy) | {"inputs": inputs})
-        save_config(profile, run_folder / "config.yaml")
+        if process.is_main_process:
+            write_json(run_folder / "environment.json", environment(policy) | {"inputs": inputs})
+            save_config(profile, run_folder / "config.yaml")
         evaluate_before(run_folder, policy, eval_questions, retriever, profile, progress)
     else:
         progress(f"{run_folder.name}: going on after step {_step_of(checkpoint, profile)}")
@@ -84,11 +113,28 @@ def train(
             warnings.simplefilter("ignore", FutureWarning)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trained = replace(policy, model=trainer.model.eval())
-        save_adapter(trainer.model, profile, run_folder / "adapter")
+        if process.is_main_process:
+            save_adapter(trainer.model, profile, run_folder / "adapter")
         evaluate_after(run_folder, trained, eval_questions, retriever, profile, progress)
     finally:
         trainer.model.unload()  # gives the caller's model back without the adapter
+    process.wait_for_everyone()
     return run_folder
+
+
+def check_processes(profile: Profile, eval_questions: int, processes: int) -> None:
+    """Refuse work that does not divide among the processes; groups stay whole. Raises ConfigError."""
+    share = profile.updates_per_rollout * processes
+    if profile.questions_per_step % processes:
+        wrong = f"questions_per_step = {profile.questions_per_step} must be a multiple of the {processes} processes"
+    elif profile.rollouts_per_step % share:
+        rollouts = f"questions_per_step x group_size = {profile.rollouts_per_step}"
+        wrong = f"{rollouts} must be a multiple of updates_per_rollout x processes = {share}"
+    elif eval_questions < processes:
+        wrong = f"eval_questions: {eval_questions} held-out questions are too few for {processes} processes"
+    else:
+        return
+    raise ConfigError(f"{wrong}; change the setting, or --num_processes")
 
 
 def check_settings(profile: Profile) -> None:
@@ -163,6 +209,7 @@ def build_trainer(
             ),
             callbacks=[recorder],
         )
+    trainer.settings = profile
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL casts them to bfloat16 on a 4-bit base, where small updates are lost
@@ -172,20 +219,20 @@ def build_trainer(
 
 def trl_config(profile: Profile, run_folder: Path, device: torch.device) -> GRPOConfig:
     """The profile in TRL's words. Everything that differs from TRL's defaults does so to match Search-R1's loss."""
-    micro_batches = profile.rollouts_per_step // profile.micro_batch_size
     updates = profile.updates_per_rollout
-    return GRPOConfig(
+    config = GRPOConfig(
         output_dir=str(run_folder / "checkpoints"),
-        per_device_train_batch_size=profile.micro_batch_size,
-        gradient_accumulation_steps=micro_batches // updates,
-        steps_per_generation=micro_batches,
+        # A whole update is one micro-batch to TRL; `MaskedGRPOTrainer` splits it as memory allows.
+        per_device_train_batch_size=profile.rollouts_per_step // updates // PartialState().num_processes,
+        gradient_accumulation_steps=1,
+        steps_per_generation=updates,
         num_generations=profile.group_size,
         num_iterations=1,
         max_steps=profile.steps * updates,
         shuffle_dataset=False,  # `question_order` has done it
         temperature=profile.temperature,
         max_completion_length=profile.max_context_tokens,
-        loss_type="bnpo",  # token mean over the micro-batch, verl's masked_mean
+        loss_type="bnpo",  # token mean, verl's masked_mean; here over all tokens of the update
         scale_rewards="group",
         importance_sampling_level="token",
         epsilon=profile.epsilon,
@@ -209,24 +256,71 @@ def trl_config(profile: Profile, run_folder: Path, device: torch.device) -> GRPO
         logging_steps=updates,
         report_to="none",
         disable_tqdm=True,
+        ddp_find_unused_parameters=False,  # every adapter weight is used
     )
+    config._n_gpu = min(config.n_gpu, 1)  # several GPUs are several processes, never torch's DataParallel
+    return config
 
 
 class MaskedGRPOTrainer(GRPOTrainer):
-    """TRL's trainer, without padding that nobody needs and without model cards."""
+    """TRL's trainer with memory bounded in tokens, without padding that nobody needs and without model cards."""
+
+    settings: Profile  # given by build_trainer
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """One optimizer update's gradient, part by part; returns its loss, a scalar whose mean over processes counts.
+
+        TRL's loss of a part is the mean over the part's tokens. Weighted by its share of the tokens of all parts of
+        all processes, the sum is the mean over all tokens: how memory is split changes nothing.
+        """
+        start = time.perf_counter()
+        model.train()
+        with memory_for("training", self.settings, "micro_batch_tokens"):
+            inputs = self._prepare_inputs(inputs)  # every `updates_per_rollout` steps this rolls out
+            parts = self._parts(inputs)
+            learned = (inputs["completion_mask"] * inputs["tool_mask"]).sum(dim=1)
+            tokens = torch.stack([learned[rows].sum() for rows in parts]).float()
+            everyone = self.accelerator.reduce(tokens, reduction="sum")
+            total = everyone.sum().clamp(min=1)
+            weights = tokens * self.accelerator.num_processes / total  # gradients are averaged over processes
+            update = torch.zeros((), device=tokens.device)
+            for rows, weight in zip(parts, weights, strict=True):
+                part = {key: x[rows] if torch.is_tensor(x) and x.dim() else x for key, x in inputs.items()}
+                # Gradients travel between processes once, with the last part.
+                with nullcontext() if rows is parts[-1] else self.accelerator.no_sync(model):
+                    with self.compute_loss_context_manager():
+                        loss = weight * self.compute_loss(model, part)
+                    self.accelerator.backward(loss)
+                update += loss.detach()
+        for name in TOKEN_MEANS:  # TRL has noted one mean a part
+            if values := self._metrics["train"].get(name):
+                mean = (everyone / total) @ torch.tensor(values[-len(parts) :], device=total.device)
+                values[-len(parts) :] = [mean.item()]
+        self._step += 1
+        self._metrics["train"]["step_time"].append(time.perf_counter() - start)
+        return update
+
+    def _parts(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """The rows of each part: as many parts in every process, since TRL adds up metrics between processes a part."""
+        lengths = [inputs[name].sum(dim=1).tolist() for name in ("prompt_mask", "completion_mask")]
+        own = len(split_rows(*lengths, self.settings.micro_batch_tokens))
+        most = int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
+        parts = split_rows(*lengths, self.settings.micro_batch_tokens, most)
+        return [torch.tensor(rows, device=self.accelerator.device) for rows in parts]
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options
     ):
         """TRL pads every row to the longest of the step; here only what is in use is computed.
 
-        Rows are independent of each other, so a few of like length go together and columns that none of them needs
-        are left out. The micro-batch, over which the loss is a mean, stays as it is. Left-out places come back as
-        zeros, which the masks take out.
+        Rows are independent of each other, so those of like length go together, no more than `micro_batch_tokens`
+        allows, without the columns that none of them needs. Left-out places come back as zeros, which the masks take
+        out.
         """
-        order = attention_mask.sum(dim=1).argsort(stable=True)
+        masks = attention_mask[:, :-logits_to_keep], attention_mask[:, -logits_to_keep:]
+        parts = split_rows(*(mask.sum(dim=1).tolist() for mask in masks), self.settings.micro_batch_tokens)
         scored = []
-        for rows in order.split(min(batch_size or len(order), ROWS_TOGETHER)):
+        for rows in parts:
             used = attention_mask[rows].any(dim=0).nonzero()
             first, last = int(used[0]), int(used[-1]) + 1
             unused = input_ids.size(1) - last
@@ -238,12 +332,33 @@ class MaskedGRPOTrainer(GRPOTrainer):
                 **options,
             )
             scored.append([None if x is None else torch.nn.functional.pad(x, (0, unused)) for x in (logps, entropies)])
-        back = order.argsort()
+        back = torch.tensor([row for rows in parts for row in rows], device=input_ids.device).argsort()
         logps, entropies = (None if x[0] is None else torch.cat(x)[back] for x in zip(*scored, strict=True))
         return logps, entropies, None
 
     def create_model_card(self, *arguments, **options) -> None:
         """Checkpoints here are for going on, not for publishing."""
+
+
+def split_rows(prompts: list[int], completions: list[int], tokens: int, at_least: int = 1) -> list[list[int]]:
+    """Rows in `at_least` so many parts, longest first, each of `tokens` at most; a longer row is a part alone.
+
+    `prompts` and `completions` are lengths. A part is as wide as its longest prompt, padded on the left, and its
+    longest completion, padded on the right, together.
+    """
+    parts: list[list[int]] = []
+    for row in sorted(range(len(prompts)), key=lambda row: -prompts[row] - completions[row]):
+        rows = [*parts[-1], row] if parts else []
+        width = max((prompts[r] for r in rows), default=0) + max((completions[r] for r in rows), default=0)
+        if rows and len(rows) * width <= tokens:
+            parts[-1] = rows
+        else:
+            parts.append([row])
+    for _ in range(at_least - len(parts)):
+        at = max(range(len(parts)), key=lambda at: len(parts[at]))
+        half = len(parts[at]) // 2
+        parts[at : at + 1] = [parts[at][:half], parts[at][half:]]
+    return parts
 
 
 def reward_of_rollout(prompts: list, completions: list, reward: list[float], **_: Any) -> list[float]:
@@ -262,7 +377,8 @@ def make_rollout_func(
         step = trainer.state.global_step // profile.updates_per_rollout
         seed = profile.seed * 1_000_003 + step  # of this step alone: a run that goes on samples the same
         start = time.perf_counter()
-        with torch.no_grad(), trainer.accelerator.autocast():
+        memory = memory_for("rollout", profile, "rollout_rows", "max_context_tokens")
+        with memory, torch.no_grad(), trainer.accelerator.autocast():
             trajectories = rollout(
                 replace(policy, model=trainer.model),
                 asked,
@@ -271,9 +387,11 @@ def make_rollout_func(
                 group_size=profile.group_size,
                 seed=seed,
             )
-        set_seed(seed)  # what follows (micro-batches, dropout) depends on the step alone as well
+        set_seed(seed)  # what follows (order of rows, dropout) depends on the step alone as well
         rewards = [_reward(trajectory, profile) for trajectory in trajectories]
-        recorder.record(step + 1, trajectories, rewards, time.perf_counter() - start)
+        everyone = gather_object(trajectories), gather_object(rewards)  # in the order of one process
+        if trainer.accelerator.is_main_process:
+            recorder.record(step + 1, *everyone, time.perf_counter() - start)
         return trl_columns(trajectories, profile.masked, policy.tokenizer.eos_token_id) | {"reward": rewards}
 
     return rollout_func
@@ -313,8 +431,11 @@ def evaluate_before(
 ) -> None:
     """The base model on held-out questions: with search, and with one turn and no search (closed book)."""
     summary = _evaluate(run_folder, policy, questions, retriever, profile, "before", progress)
-    result = {"before": summary, "closed_book": closed_book(policy, questions, profile)}
-    write_json(run_folder / "checkpoints/before.json", result)
+    own = _share(questions)
+    right = sum(gather_object([closed_book(policy, own, profile) * len(own)]))
+    result = {"before": summary, "closed_book": round(right) / len(questions)}
+    if PartialState().is_main_process:
+        write_json(run_folder / "checkpoints/before.json", result)
     progress(
         f"{run_folder.name}: before, exact match {summary['exact_match']:.2f} on {summary['questions']} held-out "
         f"questions, {summary['mean_searches']:.2f} searches; closed book {result['closed_book']:.2f}"
@@ -333,7 +454,8 @@ def evaluate_after(
     before = checkpoints.read_json(run_folder / "checkpoints/before.json")
     summary = _evaluate(run_folder, policy, questions, retriever, profile, "after", progress)
     result = {"before": before["before"], "after": summary, "closed_book": before["closed_book"]}
-    write_json(run_folder / "evaluation.json", result)
+    if PartialState().is_main_process:
+        write_json(run_folder / "evaluation.json", result)
     progress(
         f"{run_folder.name}: after {profile.steps} steps, exact match {summary['exact_match']:.2f}, "
         f"{summary['mean_searches']:.2f} searches"
@@ -349,11 +471,20 @@ def _evaluate(
     phase: str,
     progress: Callable[[str], Any],
 ) -> dict[str, Any]:
-    summary, trajectories = evaluate(policy, questions, retriever, profile, progress=progress)
+    with memory_for("rollout", profile, "rollout_rows", "max_context_tokens"):
+        summary, own = evaluate(policy, _share(questions), retriever, profile, progress=progress)
+    shares = gather_object([own])
+    trajectories = [shares[n % len(shares)][n // len(shares)] for n in range(len(questions))]
     samples = trajectories[:EVALUATION_SAMPLES]
     rewards = [_reward(trajectory, profile) for trajectory in samples]
-    append_trajectories(run_folder, samples, rewards, 0 if phase == "before" else profile.steps, phase)
-    return summary
+    if PartialState().is_main_process:
+        append_trajectories(run_folder, samples, rewards, 0 if phase == "before" else profile.steps, phase)
+    return summary | summarise(trajectories)
+
+
+def _share(questions: list[Question]) -> list[Question]:
+    """The questions of this process: every n-th, where there are n processes."""
+    return questions[PartialState().process_index :: PartialState().num_processes]
 
 
 def save_adapter(model: Any, profile: Profile, folder: Path) -> None:

@@ -1,10 +1,10 @@
 """The masked GRPO loss written out, term by term, as TRL's trainer computes it with our settings.
 
-Search-R1's own loss in TRL's words (facts checked by tests/test_objective.py): token mean over the micro-batch
-("bnpo"), advantages divided by the group's standard deviation, clipped importance ratio, k3 KL to the base model and
-an entropy bonus, all of them only where `mask` is 1. This module is for reading, notebooks and tests; training runs
-through TRL (grpo.py). It leaves out everything the method does not use: sequence-level ratios, other reductions,
-distributed training.
+Search-R1's own loss in TRL's words (facts checked by tests/test_objective.py): token mean ("bnpo"; here over all
+tokens of an update, where the original takes it of each micro-batch), advantages divided by the group's standard
+deviation, clipped importance ratio, k3 KL to the base model and an entropy bonus, all of them only where `mask` is 1.
+This module is for reading, notebooks and tests; training runs through TRL (grpo.py). It leaves out everything the
+method does not use: sequence-level ratios, other reductions, distributed training.
 """
 
 import torch
@@ -67,7 +67,7 @@ def grpo_loss(
     beta: float = 0.001,
     entropy_coef: float = 0.001,
 ) -> Tensor:
-    """The loss of one micro-batch, a scalar.
+    """The loss of one update's rollouts, a scalar.
 
     `logits` (batch, tokens, vocabulary) are divided by the sampling temperature already and predict `ids`
     (batch, tokens); `mask` (batch, tokens) is 1 where the policy wrote the token; `advantages` is (batch,).

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 from searchr1_lite.config import Profile
@@ -26,7 +27,7 @@ from searchr1_lite.training.rewards import exact_match
 
 @dataclass
 class Recorder(TrainerCallback):
-    """Writes a run's growing files, marks its checkpoints and says how it goes."""
+    """Writes a run's growing files, marks its checkpoints and says how it goes: in the main process only."""
 
     profile: Profile
     run_folder: Path
@@ -47,7 +48,7 @@ class Recorder(TrainerCallback):
             self.started = time.perf_counter()
 
     def on_log(self, args, state, control, logs: dict[str, float], **_) -> None:
-        if "grad_norm" not in logs:  # the summary at the end of training
+        if "grad_norm" not in logs or not state.is_world_process_zero:  # without it: the summary after training
             return
         seconds = time.perf_counter() - self.started
         metrics = self.rollouts | {
@@ -66,7 +67,9 @@ class Recorder(TrainerCallback):
         self._say(metrics)
 
     def on_save(self, args, state, control, **_) -> None:
-        checkpoints.mark_checkpoint(self.run_folder, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        PartialState().wait_for_everyone()  # every process has written its part
+        if state.is_world_process_zero:
+            checkpoints.mark_checkpoint(self.run_folder, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def _say(self, metrics: dict[str, Any]) -> None:
         step, steps = metrics["step"], self.profile.steps
@@ -122,7 +125,7 @@ def environment(policy: Policy) -> dict[str, Any]:
     """When, on what and with what a run was made."""
     made = provenance(["torch", "transformers", "trl", "peft", "bitsandbytes"])
     made["machine"]["gpu"] = torch.cuda.get_device_name() if policy.device.type == "cuda" else None
-    return made | {"quantization": policy.quantization}
+    return made | {"quantization": policy.quantization, "processes": PartialState().num_processes}
 
 
 def _duration(seconds: float) -> str:
