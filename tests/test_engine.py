@@ -1,6 +1,8 @@
 """The rollout engine against a slow, obvious one: no cache, one row at a time, everything read again for each token."""
 
 import dataclasses
+import threading
+import time
 from itertools import chain, pairwise
 from types import SimpleNamespace
 
@@ -12,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from searchr1_lite.rollout import engine
-from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError, rollout
+from searchr1_lite.rollout.decoding import Stops, _Cache
+from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError, _Searches, rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import (
     INVALID_ACTION,
@@ -61,7 +63,7 @@ class BiasedModel(nn.Module):
             ids, positions = ids[:, 0, :, 0].long(), positions[:, 0, :, 0].long()
         logits = output.logits.clone()
         for row in range(len(ids)):
-            real = slice(None) if attention_mask is None else attention_mask[row].bool()
+            real = slice(None) if attention_mask is None else attention_mask[row, 0, -1]  # what the last token sees
             history = tuple(ids[row][real].tolist())
             if positions is not None:
                 assert positions[row][real].tolist() == list(range(len(history)))
@@ -241,6 +243,7 @@ BUDGETS = st.fixed_dictionaries(
         "max_observation_tokens": st.integers(12, 80),
         "max_context_tokens": st.integers(240, 420),
         "topk": st.integers(1, 3),
+        "rollout_rows": st.integers(1, 5),
     }
 )
 
@@ -401,15 +404,126 @@ def test_a_broken_retriever_is_one_clear_error(tokenizer, retriever, profile, an
     assert policy.model.training  # restored after an error, too
 
 
-def test_all_searches_of_a_turn_are_one_call(tokenizer, retriever, profile):
+def say(policy: Policy, retriever, profile, script: Script, said: dict[str, list[str]]) -> None:
+    """Have the model say these turns for these questions."""
+    quiet = OverlapRetriever(retriever.passages)
+    for question in QUESTIONS:
+        if question.id in said:
+            turns = [_ids(policy.tokenizer, turn) for turn in said[question.id]]
+            reference(policy, question, quiet, profile, script, turns)
+
+
+class Gated(OverlapRetriever):
+    """Answers only when `until()` is true: a search that must overlap with something, or the test fails."""
+
+    def __init__(self, passages, until) -> None:
+        super().__init__(passages)
+        self.until = until
+
+    def search(self, queries, k):
+        deadline = time.monotonic() + 10
+        while not self.until():
+            assert time.monotonic() < deadline, "nothing went on beside the search"
+            time.sleep(0.001)
+        return super().search(queries, k)
+
+
+def test_others_write_on_while_a_row_searches(tokenizer, retriever, profile):
     script = Script()
     policy = biased_policy(tokenizer, 0, script)
-    quiet = OverlapRetriever(retriever.passages)
-    for question, query in zip(QUESTIONS[:3], ["a", "bc", "d e"], strict=True):
-        turns = [tokenizer.encode(f"<search>{query}</search>"), tokenizer.encode("<answer>x</answer>")]
-        reference(policy, question, quiet, profile, script, turns)
-    rollout(policy, QUESTIONS[:3], retriever, profile, greedy=True)
-    assert retriever.calls == [["a", "bc", "d e"]]
+    words = "<think> " + "people " * 9 + "</think>"
+    say(policy, retriever, profile, script, {"q0": ["<search>Rovana</search>"], "q1": [words], "q3": [words]})
+    forwards, forward = [], policy.model.forward
+    policy.model.forward = lambda input_ids, **options: forwards.append(len(input_ids)) or forward(input_ids, **options)
+    begun = []  # forwards that had been made when the first search began
+
+    def three_more() -> bool:
+        begun.append(len(forwards))
+        return len(forwards) >= begun[0] + 3
+
+    asked = [QUESTIONS[0], QUESTIONS[1], QUESTIONS[3]]
+    trajectories = rollout(policy, asked, Gated(retriever.passages, three_more), profile, greedy=True)
+    assert trajectories[0].turns[0].query == "Rovana"
+    assert set(forwards[begun[0] : begun[0] + 3]) == {2}  # the other two rows, and they alone
+
+
+def test_queries_that_come_during_a_search_go_together(retriever):
+    gate = threading.Event()
+    gated = Gated(retriever.passages, gate.is_set)
+    with _Searches(gated, 3) as searches:
+        first = searches.ask(["Rovana"])
+        while searches.queue:
+            time.sleep(0.001)
+        later = [*searches.ask(["a", "b"]), *searches.ask(["c"]), *searches.ask([])]
+        gate.set()
+        found = [one.result(10) for one in [*first, *later]]
+    assert gated.calls == [["Rovana"], ["a", "b", "c"]]
+    assert found == retriever.search(["Rovana", "a", "b", "c"], 3)
+
+
+def test_how_long_searches_take_changes_nothing(tokenizer, retriever, profile):
+    class Slow(OverlapRetriever):
+        def search(self, queries, k):
+            time.sleep(0.002 * (len(self.calls) * 7 % 5))
+            return super().search(queries, k)
+
+    policy, few = biased_policy(tokenizer), profile.model_copy(update={"rollout_rows": 5})
+    for settings_ in (profile, few):
+        at_once = rollout(policy, QUESTIONS, retriever, settings_, group_size=2, seed=3)
+        assert rollout(policy, QUESTIONS, Slow(retriever.passages), settings_, group_size=2, seed=3) == at_once
+    assert max(trajectory.searches for trajectory in at_once) >= 2
+
+
+def test_rows_that_wait_take_the_place_of_those_that_are_done(tokenizer, retriever, profile):
+    policy = biased_policy(tokenizer)
+    asked = [Question(f"{one.id}-{n}", one.question, one.golden_answers) for n in range(4) for one in QUESTIONS]
+    whole = rollout(policy, asked, retriever, profile, seed=2, group_size=2)
+    rows, forward, ready = [], policy.model.forward, []
+    policy.model.forward = lambda input_ids, **options: rows.append(len(input_ids)) or forward(input_ids, **options)
+    few = profile.model_copy(update={"rollout_rows": 6})
+    refilled = rollout(policy, asked, retriever, few, seed=2, group_size=2, done=ready.append)
+    for one, other in zip(refilled, whole, strict=True):
+        assert (one.completion_ids, one.turns) == (other.completion_ids, other.turns)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+    assert ready == refilled
+    assert max(rows) == 6
+    assert np.mean(rows) > 3.5  # full most of the time, not only at first
+
+
+def test_every_token_is_read_once_and_no_other_row_is_computed(tokenizer, retriever, profile):
+    """A prompt once for its group; of a row its own tokens, but for the last that it wrote, which nothing follows."""
+    policy, pad = biased_policy(tokenizer), tokenizer.pad_token_id
+    read, forward = [], policy.model.forward
+
+    def count(input_ids, **options):
+        read.append(int((input_ids != pad).sum()))
+        if input_ids.shape[1] == 1:
+            written.append(len(input_ids))
+        return forward(input_ids=input_ids, **options)
+
+    policy.model.forward, written = count, []
+    trajectories = rollout(policy, QUESTIONS, retriever, profile, group_size=3, seed=4)
+    assert not any(pad in one.completion_ids for one in trajectories)
+    prompts = sum(len(one.prompt_ids) for one in trajectories[::3])
+    assert sum(read) == prompts + sum(len(one.completion_ids) - 1 for one in trajectories)
+    # in forwards of one token a row, every token that was written but each turn's last
+    turns = sum(len(one.turns) for one in trajectories)
+    assert sum(written) == sum(one.response_length for one in trajectories) - turns
+
+
+def test_the_cache_grows_rarely_and_keeps_what_it_holds():
+    cache, ones = _Cache(2), torch.ones((1, 1, 1, 4))
+    grown = set()
+    for place in range(700):
+        cache.reach(place + 1)
+        cache.aim(slice(1, 2), torch.tensor([[place]]), place + 1)
+        keys, values = cache.update(ones * place, -ones * place, 0)
+        grown.add(cache.entries)
+        assert cache.entries > place + 1 - (cache.entries == 0)
+    assert keys[0, 0, :, 0].tolist() == list(range(700)) and torch.equal(values, -keys)
+    assert len(grown) <= 7
+    cache.move([1, 0], [0, 1], 700)
+    assert cache.keys[0][0, 0, :700, 0].tolist() == list(range(700)) and not cache.keys[0][1].any()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -425,6 +539,6 @@ def test_an_end_token_without_a_tag_sign_ends_a_turn(policy):
     """Models may name several end tokens; none of them needs to hold the '>' that makes the engine look closer."""
     end = policy.tokenizer.convert_tokens_to_ids("a")
     policy.model.generation_config.eos_token_id = [policy.tokenizer.eos_token_id, end]
-    stops = engine._Stops(policy, policy.model.config.vocab_size)
-    assert stops.worth_a_look[end] and stops.ended(np.array([5, end]))
-    assert not stops.worth_a_look[policy.tokenizer.convert_tokens_to_ids("b")]
+    stops = Stops(policy)
+    assert stops.ended([5, end]) and not stops.ended([end, 5])
+    assert end not in stops.worth_a_look

@@ -141,26 +141,27 @@ def questions(count: int) -> list[Question]:
     ]
 
 
-def test_batches_change_nothing_when_greedy(policy, retriever, profile):
+def test_rows_in_memory_change_nothing(policy, retriever, profile):
     asked = questions(5)
-    whole, one = (profile.model_copy(update={"eval_batch_size": size, "max_turns": 1}) for size in (5, 2))
-    summary, trajectories = evaluate(policy, asked, retriever, whole)
-    summary_in_batches, in_batches = evaluate(policy, asked, retriever, one)
-    assert [trajectory.question for trajectory in trajectories] == asked
-    assert [t.completion_ids for t in trajectories] == [t.completion_ids for t in in_batches]
-    assert {k: v for k, v in summary.items() if k != "seconds"} == {
-        k: v for k, v in summary_in_batches.items() if k != "seconds"
-    }
-    assert summary["greedy"] is True and summary["seconds"] > 0
+    whole, few = (profile.model_copy(update={"rollout_rows": size, "max_turns": 1}) for size in (5, 2))
+    for greedy in (True, False):
+        in_order = []
+        summary, trajectories = evaluate(policy, asked, retriever, whole, greedy, seed=7)
+        summary_of_few, of_few = evaluate(policy, asked, retriever, few, greedy, seed=7, done=in_order.append)
+        assert [trajectory.question for trajectory in trajectories] == asked
+        assert [t.completion_ids for t in trajectories] == [t.completion_ids for t in of_few]
+        assert in_order == of_few
+        for one in (summary, summary_of_few):
+            assert one.pop("seconds") > 0 and one["greedy"] is greedy
+        assert summary == summary_of_few
 
 
-def test_sampling_in_a_batch_depends_on_its_place_alone(policy, retriever, profile):
-    """So one that was cut off goes on as it would have gone; the last batch, not full, counts too."""
-    asked, small = questions(5), profile.model_copy(update={"eval_batch_size": 2, "max_turns": 1})
+def test_what_a_question_samples_depends_on_the_question_alone(policy, retriever, profile):
+    """So one that was cut off goes on as it would have gone."""
+    asked, small = questions(5), profile.model_copy(update={"rollout_rows": 2, "max_turns": 1})
     _, whole = evaluate(policy, asked, retriever, small, greedy=False, seed=7)
-    _, rest = evaluate(policy, asked[2:], retriever, small, greedy=False, seed=7 + 2)
-    _, other = evaluate(policy, asked[2:], retriever, small, greedy=False, seed=7)
-    assert len(whole) == 5
+    _, rest = evaluate(policy, asked[2:], retriever, small, greedy=False, seed=7)
+    _, other = evaluate(policy, asked[2:], retriever, small, greedy=False, seed=8)
     assert [t.completion_ids for t in rest] == [t.completion_ids for t in whole[2:]]
     assert [t.completion_ids for t in other] != [t.completion_ids for t in rest]
 
@@ -173,7 +174,7 @@ def test_nothing_to_evaluate_is_an_error(policy, retriever, profile):
 def test_closed_book_is_one_turn_and_finds_nothing(policy, profile, monkeypatch):
     seen = []
 
-    def answer_from_memory(policy, batch, retriever, profile, *, greedy, seed):
+    def answer_from_memory(policy, batch, retriever, profile, *, greedy, seed, done):
         seen.append((profile.max_turns, greedy, retriever.search(["a", "b"], 3)))
         return [trajectory("yes" if question.id == "0" else "no") for question in batch]
 
@@ -189,13 +190,17 @@ def test_closed_book_runs_through_the_engine(policy, profile):
 
 
 def test_progress_tells_rate_and_time_left_and_short_evaluations_are_silent(policy, retriever, profile, monkeypatch):
-    monkeypatch.setattr(module, "rollout", lambda policy, batch, *_, **__: [trajectory("no") for _ in batch])
-    clock = iter(range(0, 1000, 5))
-    small = profile.model_copy(update={"eval_batch_size": 10})
-    lines = []
-    evaluate(policy, questions(20), retriever, small, progress=lines.append)
+    def answer(policy, batch, *_, done, **__):
+        answered = [trajectory("no") for _ in batch]
+        for one in answered:
+            done(one)
+        return answered
+
+    monkeypatch.setattr(module, "rollout", answer)
+    clock, lines = iter(range(0, 1000, 5)), []
+    evaluate(policy, questions(20), retriever, profile, progress=lines.append)
     assert lines == []
     monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
-    evaluate(policy, questions(40), retriever, small, progress=lines.append)
-    assert lines == ["20 of 40 questions, 2.0 a second, 10 s left"]
+    evaluate(policy, questions(4), retriever, profile, progress=lines.append)
+    assert lines == ["2 of 4 questions, 0.2 a second, 10 s left"]
     assert module.progress_line(30, 40, 5.0, before=20) == "30 of 40 questions, 2.0 a second, 5 s left"

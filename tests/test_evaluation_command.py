@@ -42,7 +42,7 @@ def sources(tmp_path_factory):
 
 def settings(sources):
     """Batches of 3 and 1; unquantised, which is faster on a CPU; hot, so that samples differ from greedy answers."""
-    return ["quantization=none", "temperature=1.6", f"questions={sources}", "eval_batch_size=3", "eval_questions=100"]
+    return ["quantization=none", "temperature=1.6", f"questions={sources}", "rollout_rows=3", "eval_questions=100"]
 
 
 def rows_of(folder):
@@ -225,7 +225,7 @@ def test_a_training_run_is_not_evaluated_into(tmp_path):
 def test_what_was_begun_otherwise_is_not_gone_on_with(finished, sources, tmp_path, change, said):
     out = tmp_path / "cut"
     shutil.copytree(finished, out)
-    command.write_json(out / "progress.json", {"batches": 2, "answered": 4, "bytes": 99})
+    command.write_json(out / "progress.json", {"answered": 4, "bytes": 99})
     change(out)
     (out / "evaluation.json").unlink()
     with pytest.raises(SystemExit, match=rf"^error: .*{said}"):

@@ -10,7 +10,7 @@ are `eval_questions` of the split, those that training holds out, drawn from all
 number as large as the split asks every one. The folder gets config.yaml, environment.json, trajectories.jsonl.gz (a
 row an answer, with its decoding and scores) and, last, evaluation.json: for each decoding the summary of all
 questions, those by data set, and the sets' unweighted mean ("macro_average", the papers' "Avg"). The same command
-again goes on after a cut, batch by batch, to the same result.
+again goes on after a cut to the same result.
 
 To evaluate as the paper does (arXiv 2503.09516; Search-R1, scripts/nq_hotpotqa): exact match over wiki-18 with
 e5-base-v2, topk=3, max_turns=4, chat_template=true for base and for instruct models, since both were trained in the
@@ -37,6 +37,7 @@ from searchr1_lite.jsonl import append_rows, read_rows, write_json
 from searchr1_lite.retrieval.build import load_retriever
 from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.rollout.policy import Policy, PolicyError, load_policy, with_adapter
+from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.training.__main__ import ERRORS, setting
 from searchr1_lite.training.checkpoints import RunFolderError, check_same_run, fingerprint, is_finished, read_json
 from searchr1_lite.training.grpo import held_out
@@ -77,24 +78,35 @@ def evaluate_into(out: Path, profile: Profile, decoding: str = "both", adapter: 
 
 
 def _answer(out: Path, policy: Policy, questions: list[Question], profile: Profile, decodings: list[str]) -> None:
-    """Append what is missing to the rows, batch by batch; the mark says after each how far they are whole."""
+    """Append what is missing to the rows; the mark says, every `rollout_rows` answers, how far they are whole."""
     retriever = load_retriever(profile, load_corpus(profile.corpus))
-    mark = read_json(out / MARK) or {"batches": 0, "answered": 0, "bytes": 0}
+    mark = read_json(out / MARK) or {"answered": 0, "bytes": 0}
     with (out / ROWS).open("ab") as rows:
         if rows.tell() < mark["bytes"]:
             raise RunFolderError(f"{out / ROWS} was changed since {MARK} was written; delete {out} to start again")
         rows.truncate(mark["bytes"])
-    plan = [(name, start) for name in decodings for start in range(0, len(questions), profile.eval_batch_size)]
-    before, began = mark["answered"], time.monotonic()
-    for number, (name, start) in enumerate(plan[mark["batches"] :], mark["batches"] + 1):
-        batch = questions[start : start + profile.eval_batch_size]
-        _, answered = evaluate(policy, batch, retriever, profile, name == "greedy", profile.seed + start)
-        append_rows(out / ROWS, [scored_row(one, phase="evaluation", decoding=name) for one in answered])
-        done = mark["answered"] + len(batch)
-        mark = {"batches": number, "answered": done, "bytes": (out / ROWS).stat().st_size}
-        write_json(out / MARK, mark)
-        line = progress_line(done, len(questions) * len(decodings), time.monotonic() - began, before)
-        print(f"{out.name}: {name}, {line}", flush=True)
+    before, began, waiting = mark["answered"], time.monotonic(), []
+    answered, total = before, len(questions) * len(decodings)
+    for number, name in enumerate(decodings):
+
+        def keep(trajectory: Trajectory, name: str = name) -> None:
+            nonlocal answered
+            answered += 1
+            waiting.append(scored_row(trajectory, phase="evaluation", decoding=name))
+            if len(waiting) < profile.rollout_rows and answered % len(questions):
+                return
+            append_rows(out / ROWS, waiting)
+            waiting.clear()
+            write_json(out / MARK, {"answered": answered, "bytes": (out / ROWS).stat().st_size})
+            print(f"{out.name}: {name}, {progress_line(answered, total, time.monotonic() - began, before)}", flush=True)
+
+        rest = questions[max(0, before - number * len(questions)) :]
+        if rest:
+            evaluate(policy, rest, retriever, profile, name == "greedy", profile.seed, done=keep, progress=_silent)
+
+
+def _silent(line: str) -> None:
+    """`keep` says how far it is."""
 
 
 def _summaries(out: Path, source: str) -> dict[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """How good a policy is: answer questions, judge the answers, sum up.
 
-A loop over `rollout`, in batches of `eval_batch_size`. Other ways to answer are not here; the command that evaluates
-into a folder is `__main__.py`.
+One call of `rollout` for all questions. Other ways to answer are not here; the command that evaluates into a folder is
+`__main__.py`.
 """
 
 import time
@@ -36,22 +36,28 @@ def evaluate(
     greedy: bool = True,
     seed: int = 0,
     progress: Callable[[str], None] = print,
+    done: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> tuple[dict, list[Trajectory]]:
     """One trajectory a question, in order, and their summary (see `summarise`).
 
     `progress` gets a line with the rate and the time left, at most every ten seconds; a short evaluation is silent.
+    `done` gets each trajectory, in order, as soon as it is ready.
     """
     if not questions:
         raise ValueError("there are no questions to evaluate on; check the profile's questions and test_split")
-    trajectories: list[Trajectory] = []
     started = said = time.monotonic()
-    for start in range(0, len(questions), profile.eval_batch_size):
-        batch = list(questions[start : start + profile.eval_batch_size])
-        trajectories += rollout(policy, batch, retriever, profile, greedy=greedy, seed=seed + start)
+    ready = 0
+
+    def one_more(trajectory: Trajectory) -> None:
+        nonlocal ready, said
+        ready += 1
+        done(trajectory)
         now = time.monotonic()
-        if now - said >= SECONDS_BETWEEN_LINES and len(trajectories) < len(questions):
+        if now - said >= SECONDS_BETWEEN_LINES and ready < len(questions):
             said = now
-            progress(progress_line(len(trajectories), len(questions), now - started))
+            progress(progress_line(ready, len(questions), now - started))
+
+    trajectories = rollout(policy, questions, retriever, profile, greedy=greedy, seed=seed, done=one_more)
     summary = summarise(trajectories)
     return summary | {"seconds": round(time.monotonic() - started, 3), "greedy": greedy}, trajectories
 

@@ -1,22 +1,25 @@
 """Rollouts: many questions worked through at once, the model writing and the search engine answering in between.
 
-One key-value cache lives from the prompt to the last turn. A turn is: sample until every row has stopped, search for
-all rows that asked in one call, read the observations into the same cache. Ids are never made from decoded text.
-Left out on purpose: continuous batching (rows wait for each other at the end of a turn) and splitting a list of
-questions that does not fit into memory, which is the caller's choice.
+Every row goes at its own pace: it writes a turn, its search starts the moment it asks, the others write on meanwhile,
+and when it is done the next question takes its place. Ids are never made from decoded text. What writes is a `Writer`:
+decoding.py in this process, vllm.py through a server. Left out: giving up on a row alone when its search fails.
 """
 
-from collections.abc import Callable, Sequence
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from transformers import DynamicCache
 
 from searchr1_lite.config import Profile
+from searchr1_lite.rollout.decoding import LocalWriter, decode
+from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import (
-    CLOSING_TAGS,
     INVALID_ACTION,
     encode_observation,
     encode_prompt,
@@ -26,8 +29,6 @@ from searchr1_lite.rollout.protocol import (
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
 from searchr1_lite.types import Hit, Question, Retriever
 
-Picker = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
 
 class PromptTooLongError(ValueError):
     """A question whose prompt does not fit; the message names it."""
@@ -35,6 +36,29 @@ class PromptTooLongError(ValueError):
 
 class RetrievalError(RuntimeError):
     """The retriever failed or broke its contract; the message names the queries."""
+
+
+class Writer(Protocol):
+    """What writes the model's part of trajectories. Rows are numbers that the engine gives out."""
+
+    capacity: int  # rows that it holds at once
+    writing: int  # rows that are in the middle of a turn, or about to begin one
+    patience: int | None  # calls of `advance` until a search's hits are read; None: as soon as they are there
+
+    def open(self, rows: Sequence[int], prompt: Sequence[int], streams: Sequence[np.random.Generator]) -> None:
+        """Rows that share a prompt begin their first turn; each samples from its own stream."""
+
+    def read(self, row: int, ids: Sequence[int]) -> None:
+        """The row reads these ids, an observation, and begins its next turn."""
+
+    def advance(self) -> list[tuple[int, list[int], list[float]]]:
+        """Write on for a moment. Returns the turns that ended: row, ids, and their log-probabilities.
+
+        A turn ends right after the token that completes a closing tag, at an end token or at `max_response_tokens`.
+        """
+
+    def close(self, row: int) -> None:
+        """The row is done; forget it."""
 
 
 def rollout(
@@ -46,113 +70,176 @@ def rollout(
     group_size: int = 1,
     greedy: bool = False,
     seed: int = 0,
+    writer: Writer | None = None,
+    done: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
     """Work through every question `group_size` times; the copies of a question stand together, questions in order.
 
-    Sampling is from the full softmax at `profile.temperature`, reproducible from `seed` for the same batch; `logprobs`
-    are at that temperature. Greedy takes the likeliest token, and its `logprobs` are at temperature 1.
-    All rows are in memory at once. Raises PromptTooLongError and RetrievalError.
+    At most `profile.rollout_rows` rows are in memory; the others wait, and take the place of those that are done.
+    Sampling is from the full softmax at `profile.temperature`. Each row has its own random numbers, made from `seed`,
+    the question's id and the copy's number, so what it writes does not depend on the rows beside it (but for
+    rounding). `logprobs` are at that temperature. Greedy takes the likeliest token; its `logprobs` are at 1.
+    `done` gets each trajectory, in order, as soon as it and all before it are ready.
+    Raises PromptTooLongError and RetrievalError.
     """
     if not questions:
         return []
     limit = _context_limit(policy, profile)
     prompts = _encode_prompts(policy, questions, profile, limit)
     rows = [_Row(q, ids) for q, ids in zip(questions, prompts, strict=True) for _ in range(group_size)]
-    pick = _greedy if greedy else _sampler(profile.temperature, policy.device, seed)
+    if writer is None:
+        capacity = max(group_size, min(profile.rollout_rows, len(rows)))
+        pick = likeliest if greedy else None
+        writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature)
     was_training = policy.model.training
     policy.model.eval()  # no dropout; and in training mode gradient checkpointing silently drops the cache
     try:
-        with torch.no_grad():
-            batch = _Batch.start(policy, prompts, group_size)
-            _work_through(rows, batch, policy, retriever, profile, pick, limit)
+        with torch.no_grad(), _Searches(retriever, profile.topk) as searches:
+            loop = _Loop(rows, group_size, writer, searches, policy, profile, limit, seed)
+            for trajectory in loop.run():
+                if done:
+                    done(trajectory)
     finally:
         policy.model.train(was_training)
     return [row.trajectory() for row in rows]
 
 
-def _work_through(
-    rows: list["_Row"],
-    batch: "_Batch",
-    policy: Policy,
-    retriever: Retriever,
-    profile: Profile,
-    pick: Picker,
-    limit: int,
-) -> None:
-    """`max_turns` turns in which a search is executed, then a last one in which it is not (Search-R1, run_llm_loop)."""
-    stops = _Stops(policy, batch.logits.shape[1])
-    for turn in range(profile.max_turns + 1):
-        written = _write_turn(batch, pick, stops, profile.max_response_tokens)
-        for row, (ids, logprobs) in zip(rows, written, strict=True):
-            row.add(ids, logprobs)
-        texts = [stops.decode(ids) for ids, _ in written]
-        chunks = _respond(rows, texts, turn == profile.max_turns, policy, retriever, profile, limit)
-        going = [index for index, row in enumerate(rows) if not row.stop_reason]
-        if not going:
-            return
-        batch.keep(going)
-        batch.read_chunks([[written[index][0][-1], *chunks[index]] for index in going])
-        rows = [rows[index] for index in going]
+class _Asked(NamedTuple):
+    """A row that waits for its observation; `hits` is None where the action was invalid and nothing is searched."""
+
+    step: int
+    row: int
+    hits: Future | None
 
 
-def _write_turn(batch: "_Batch", pick: Picker, stops: "_Stops", max_tokens: int) -> list[tuple[list, list]]:
-    """Sample one turn: ids and log-probabilities for each row, up to its closing tag, its end token or `max_tokens`.
+class _Loop:
+    """Search-R1's loop (generation.py, run_llm_loop), row by row: turns that may search, then one that may not.
 
-    The last token of a row is not read into the cache. Rows that have stopped stay in the batch, unread.
+    With a writer that has patience, which rows are read together depends on steps and never on the time that a search
+    took: a rollout can be repeated exactly.
     """
-    rows = len(batch.lengths)
-    ids, logprobs = np.zeros((rows, max_tokens), dtype=np.int64), np.zeros((rows, max_tokens), dtype=np.float32)
-    lengths, going = np.zeros(rows, dtype=np.int64), np.ones(rows, dtype=bool)
-    for step in range(max_tokens):
-        token, logprob = pick(batch.logits)
-        ids[:, step], logprobs[:, step] = token.cpu().numpy(), logprob.cpu().numpy()
-        lengths += going
-        for row in np.flatnonzero(going & stops.worth_a_look[ids[:, step]]):
-            going[row] = not stops.ended(ids[row, : step + 1])
-        if step + 1 == max_tokens or not going.any():
-            break
-        batch.read(token[:, None], torch.from_numpy(going)[:, None].to(token.device))
-    return [(ids[row, :n].tolist(), logprobs[row, :n].tolist()) for row, n in enumerate(lengths)]
+
+    def __init__(self, rows, group_size, writer, searches, policy, profile, limit, seed) -> None:
+        self.rows, self.group_size, self.writer, self.searches = rows, group_size, writer, searches
+        self.policy, self.profile, self.limit = policy, profile, limit
+        self.streams = _streams([row.question for row in rows], seed)
+        self.waiting = deque(range(0, len(rows), group_size))  # first rows of the groups that have not begun
+        self.asked: list[_Asked] = []
+        self.open = 0
+
+    def run(self) -> Iterator[Trajectory]:
+        ready = step = 0
+        while ready < len(self.rows):
+            if not self.writer.writing or step % (self.writer.patience or 1) == 0:
+                self._observe(self._answered(step))
+                self._refill()
+            ended = self.writer.advance()
+            self._take_turns(step, ended)
+            step += 1
+            while ready < len(self.rows) and self.rows[ready].stop_reason:
+                yield self.rows[ready].trajectory()
+                ready += 1
+
+    def _refill(self) -> None:
+        while self.waiting and self.open + self.group_size <= self.writer.capacity:
+            first = self.waiting.popleft()
+            group = range(first, first + self.group_size)
+            self.writer.open(group, self.rows[first].prompt_ids, self.streams[group.start : group.stop])
+            self.open += self.group_size
+
+    def _take_turns(self, step: int, ended: list[tuple[int, list[int], list[float]]]) -> None:
+        """Record the turns that ended; end the rows that are done, and start the searches of the others at once."""
+        queries, searching = [], []
+        for number, ids, logprobs in ended:
+            row = self.rows[number]
+            row.add(ids, logprobs)
+            text = decode(self.policy.tokenizer, ids)
+            action = parse_action(text)
+            row.turns.append(Turn(text, action.kind, action.content if action.kind == "search" else None))
+            if action.kind == "answer" or len(row.turns) > self.profile.max_turns:
+                row.turns[-1] = Turn(text, action.kind)
+                self._close(number, "answer" if action.kind == "answer" else "turns")
+            elif action.kind == "search":
+                queries.append(action.content)
+                searching.append(number)
+            else:
+                self.asked.append(_Asked(step, number, None))
+        for number, hits in zip(searching, self.searches.ask(queries), strict=True):
+            self.asked.append(_Asked(step, number, hits))
+
+    def _answered(self, step: int) -> list[_Asked]:
+        """The rows that are to read their observations now, taken off the list."""
+        patience, idle = self.writer.patience, not self.writer.writing and not self.waiting
+        if patience is not None:
+            due = [one for one in self.asked if idle or one.step <= step - patience]
+        else:
+            if idle:
+                wait([one.hits for one in self.asked if one.hits], return_when=FIRST_COMPLETED)
+            due = [one for one in self.asked if one.hits is None or one.hits.done()]
+        self.asked = [one for one in self.asked if one not in due]
+        return due
+
+    def _observe(self, due: list[_Asked]) -> None:
+        """Give rows their observation, or end those whose next turn would not fit any more."""
+        for _, number, found in due:
+            row = self.rows[number]
+            hits = () if found is None else tuple(found.result())
+            observation = INVALID_ACTION if found is None else render_observation(hits)
+            chunk = encode_observation(self.policy.tokenizer, observation, self.profile.max_observation_tokens)
+            fits = row.tokens + len(chunk) + self.profile.max_response_tokens <= self.limit
+            said = row.turns[-1]
+            seen = decode(self.policy.tokenizer, chunk) if fits else ""
+            row.turns[-1] = Turn(said.text, said.action, said.query, hits, seen)
+            if fits:
+                row.add(chunk)
+                self.writer.read(number, chunk)
+            else:
+                self._close(number, "context")
+
+    def _close(self, number: int, reason: str) -> None:
+        self.rows[number].stop_reason = reason
+        self.writer.close(number)
+        self.open -= 1
 
 
-def _respond(
-    rows: list["_Row"],
-    texts: list[str],
-    last_turn: bool,
-    policy: Policy,
-    retriever: Retriever,
-    profile: Profile,
-    limit: int,
-) -> list[list[int]]:
-    """Record each row's turn, end the rows that are done, and give the others their observation (ids, else [])."""
-    actions = [parse_action(text) for text in texts]
-    queries = [] if last_turn else [action.content for action in actions if action.kind == "search"]
-    found = iter(_search(retriever, queries, profile.topk))
-    chunks = []
-    for row, text, action in zip(rows, texts, actions, strict=True):
-        chunks.append([])
-        if action.kind == "answer" or last_turn:
-            row.turns.append(Turn(text, action.kind))
-            row.stop_reason = "answer" if action.kind == "answer" else "turns"
-            continue
-        searched = action.kind == "search"
-        query, hits = (action.content, tuple(next(found))) if searched else (None, ())
-        observation = render_observation(hits) if searched else INVALID_ACTION
-        chunk = encode_observation(policy.tokenizer, observation, profile.max_observation_tokens)
-        if row.tokens + len(chunk) + profile.max_response_tokens > limit:
-            row.turns.append(Turn(text, action.kind, query, hits))
-            row.stop_reason = "context"
-            continue
-        row.turns.append(Turn(text, action.kind, query, hits, _decode(policy, chunk)))
-        row.add(chunk)
-        chunks[-1] = chunk
-    return chunks
+class _Searches:
+    """Runs searches beside the writing. Queries that come during a call go together into the next one.
+
+    So a retriever is never called by two threads at once, and a slow one gets large batches.
+    """
+
+    def __init__(self, retriever: Retriever, k: int) -> None:
+        self.retriever, self.k = retriever, k
+        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
+        self.queue: deque[tuple[str, Future]] = deque()
+
+    def __enter__(self) -> "_Searches":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def ask(self, queries: list[str]) -> list[Future]:
+        futures = [Future() for _ in queries]
+        if queries:
+            self.queue.extend(zip(queries, futures, strict=True))
+            self.pool.submit(self._answer)
+        return futures
+
+    def _answer(self) -> None:
+        batch = [self.queue.popleft() for _ in range(len(self.queue))]
+        if not batch:
+            return
+        try:
+            for (_, future), hits in zip(batch, _search(self.retriever, [q for q, _ in batch], self.k), strict=True):
+                future.set_result(hits)
+        except BaseException as error:  # whatever it is belongs to those who wait
+            for _, future in batch:
+                future.set_exception(error)
 
 
 def _search(retriever: Retriever, queries: list[str], k: int) -> list[list[Hit]]:
     """One call for all queries; fewer than `k` hits, or none, are taken as they are."""
-    if not queries:
-        return []
     named = ", ".join(repr(query) for query in queries[:5]) + (", …" if len(queries) > 5 else "")
     try:
         found = retriever.search(queries, k)
@@ -164,6 +251,17 @@ def _search(retriever: Retriever, queries: list[str], k: int) -> list[list[Hit]]
         if len(hits) > k:
             raise RetrievalError(f"the retriever returned {len(hits)} hits for {query!r} where {k} were asked for")
     return found
+
+
+def _streams(questions: Sequence[Question], seed: int) -> list[np.random.Generator]:
+    """Random numbers for each row, of the seed, its question and how many copies of that came before it."""
+    copies: Counter[str] = Counter()
+    streams = []
+    for question in questions:
+        number = zlib.crc32(question.id.encode()) << 32 | copies[question.id]
+        copies[question.id] += 1
+        streams.append(np.random.Generator(np.random.Philox(key=np.array([seed, number], dtype=np.uint64))))
+    return streams
 
 
 @dataclass(slots=True)
@@ -199,111 +297,6 @@ class _Row:
             finished=self.stop_reason == "answer",
             stop_reason=self.stop_reason,
         )
-
-
-@dataclass(slots=True)
-class _Batch:
-    """What the model has read, for all rows that go on. The cache may hold entries that count for nothing."""
-
-    model: torch.nn.Module
-    cache: DynamicCache
-    attention: torch.Tensor  # (rows, cached entries), 1 where the entry is a token of the row
-    lengths: torch.Tensor  # (rows,), tokens read, which is the position of the next one
-    logits: torch.Tensor  # (rows, vocabulary), for the next token
-    pad: int
-
-    @classmethod
-    def start(cls, policy: Policy, prompts: list[list[int]], group_size: int) -> "_Batch":
-        """Read each prompt once, then let the copies of a question share what was read."""
-        empty = torch.zeros((len(prompts), 0), dtype=torch.long, device=policy.device)
-        batch = cls(policy.model, DynamicCache(), empty, empty.sum(1), empty, policy.tokenizer.pad_token_id)
-        batch.read_chunks(prompts)
-        if group_size > 1:
-            batch.cache.batch_repeat_interleave(group_size)
-            for name in ("attention", "lengths", "logits"):
-                setattr(batch, name, getattr(batch, name).repeat_interleave(group_size, dim=0))
-        return batch
-
-    def read_chunks(self, chunks: list[list[int]]) -> None:
-        """Read a list of tokens for each row, padded on the left, so that every row's last token comes last."""
-        width = max(map(len, chunks))
-        ids = [[self.pad] * (width - len(chunk)) + chunk for chunk in chunks]
-        real = [[0] * (width - len(chunk)) + [1] * len(chunk) for chunk in chunks]
-        device = self.attention.device
-        self.read(torch.tensor(ids, device=device), torch.tensor(real, device=device))
-
-    def read(self, ids: torch.Tensor, real: torch.Tensor) -> None:
-        """Read `ids` (rows, tokens) into the cache; those where `real` is 0 are padding that nothing will look at."""
-        real = real.to(self.attention.dtype)
-        self.attention = torch.cat([self.attention, real], dim=1)
-        positions = (self.lengths[:, None] + real.cumsum(1) - 1).clamp(min=0)
-        self.lengths = self.lengths + real.sum(1)
-        output = self.model(
-            input_ids=ids,
-            attention_mask=self.attention,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.logits = output.logits[:, -1].float()
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all other rows, and the entries that count for nothing as far as the longest row allows."""
-        index = torch.tensor(rows, device=self.attention.device)
-        attention = self.attention[index]
-        width = int(attention.sum(1).max())
-        order = attention.argsort(dim=1, stable=True)[:, -width:]  # a row's own entries, in order, at the right
-        for layer in self.cache.layers:
-            layer.keys = _take_entries(layer.keys[index], order)
-            layer.values = _take_entries(layer.values[index], order)
-        self.attention, self.lengths = attention.gather(1, order), self.lengths[index]
-
-
-def _take_entries(states: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Keys or values (rows, heads, entries, head size) with each row's entries as `order` (rows, kept) says."""
-    return states.gather(2, order[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3]))
-
-
-class _Stops:
-    """Where a turn ends. A tag may end inside a token ('>\\n\\n'), so texts are compared, but only after a '>'."""
-
-    def __init__(self, policy: Policy, vocabulary: int) -> None:
-        self.policy = policy
-        ends = policy.model.generation_config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        self.ends = {end for end in [*ends, policy.tokenizer.eos_token_id] if end is not None}
-        self.worth_a_look = np.zeros(vocabulary, dtype=bool)
-        tokens = policy.tokenizer.convert_ids_to_tokens(list(range(min(vocabulary, len(policy.tokenizer)))))
-        self.worth_a_look[: len(tokens)] = [token is not None and ">" in token for token in tokens]
-        self.worth_a_look[list(self.ends)] = True
-
-    def ended(self, ids: np.ndarray) -> bool:
-        """Whether a turn with these ids is complete."""
-        return int(ids[-1]) in self.ends or any(tag in self.decode(ids.tolist()) for tag in CLOSING_TAGS)
-
-    def decode(self, ids: list[int]) -> str:
-        return _decode(self.policy, ids)
-
-
-def _decode(policy: Policy, ids: list[int]) -> str:
-    return policy.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-def _greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    token = logits.argmax(dim=-1)
-    return token, logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0]
-
-
-def _sampler(temperature: float, device: torch.device, seed: int) -> Picker:
-    generator = torch.Generator(device=device).manual_seed(seed)
-
-    def sample(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logprobs = (logits / temperature).log_softmax(dim=-1)
-        token = torch.multinomial(logprobs.exp(), 1, generator=generator)
-        return token[:, 0], logprobs.gather(1, token)[:, 0]
-
-    return sample
 
 
 def _context_limit(policy: Policy, profile: Profile) -> int:
