@@ -12,8 +12,8 @@ def test_every_profile_loads_under_its_own_name(name):
     assert load_profile(name).name == name
 
 
-def test_there_is_the_tiny_run_and_the_real_one():
-    assert profile_names() == ["qwen2.5-3b-4bit", "tiny"]
+def test_there_are_the_tiny_run_and_the_real_ones():
+    assert profile_names() == ["qwen2.5-0.5b", "qwen2.5-3b-4bit", "qwen2.5-3b-4bit-24gb", "qwen2.5-7b-4bit", "tiny"]
 
 
 @pytest.mark.parametrize(
