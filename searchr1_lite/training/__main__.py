@@ -1,7 +1,10 @@
 """Train from a shell; any setting of the profile can follow as name=value.
 
 python -m searchr1_lite.training --run-folder data/results/runs/tiny-masked-seed0 seed=0 masked=true
-accelerate launch --num_processes 2 -m searchr1_lite.training --profile qwen2.5-3b-4bit --run-folder runs/two-gpus
+
+On several GPUs, or CPU processes, the same run in less time (with accelerate's --cpu there would be one process):
+
+accelerate launch --multi_gpu --num_processes 2 -m searchr1_lite.training --run-folder runs/of-two-processes
 """
 
 import sys

@@ -41,7 +41,7 @@ from searchr1_lite.training.rewards import trajectory_reward
 from searchr1_lite.types import Question, Retriever
 
 EVALUATION_SAMPLES = 24  # trajectories kept of each evaluation, of the same questions before and after
-TOKEN_MEANS = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+TOKEN_MEANS = ("policy_loss", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
 
 
 class MemoryFullError(RuntimeError):
@@ -256,7 +256,8 @@ def trl_config(profile: Profile, run_folder: Path, device: torch.device) -> GRPO
         logging_steps=updates,
         report_to="none",
         disable_tqdm=True,
-        ddp_find_unused_parameters=False,  # every adapter weight is used
+        ddp_find_unused_parameters=False,  # every adapter weight is used,
+        ddp_broadcast_buffers=False,  # and what is not trained is equal everywhere
     )
     config._n_gpu = min(config.n_gpu, 1)  # several GPUs are several processes, never torch's DataParallel
     return config
@@ -277,36 +278,42 @@ class MaskedGRPOTrainer(GRPOTrainer):
         model.train()
         with memory_for("training", self.settings, "micro_batch_tokens"):
             inputs = self._prepare_inputs(inputs)  # every `updates_per_rollout` steps this rolls out
-            parts = self._parts(inputs)
+            parts = _parts(inputs["prompt_mask"], inputs["completion_mask"], self.settings.micro_batch_tokens)
             learned = (inputs["completion_mask"] * inputs["tool_mask"]).sum(dim=1)
             tokens = torch.stack([learned[rows].sum() for rows in parts]).float()
-            everyone = self.accelerator.reduce(tokens, reduction="sum")
-            total = everyone.sum().clamp(min=1)
-            weights = tokens * self.accelerator.num_processes / total  # gradients are averaged over processes
+            total = self.accelerator.reduce(tokens.sum(), reduction="sum").clamp(min=1)
             update = torch.zeros((), device=tokens.device)
-            for rows, weight in zip(parts, weights, strict=True):
+            for rows, weight in zip(parts, tokens / total, strict=True):
                 part = {key: x[rows] if torch.is_tensor(x) and x.dim() else x for key, x in inputs.items()}
-                # Gradients travel between processes once, with the last part.
+                # Gradients travel between processes once, with the last part, and are averaged.
                 with nullcontext() if rows is parts[-1] else self.accelerator.no_sync(model):
-                    with self.compute_loss_context_manager():
-                        loss = weight * self.compute_loss(model, part)
+                    with self.compute_loss_context_manager(), self._alone():
+                        loss = self.compute_loss(model, part) * weight * self.accelerator.num_processes
                     self.accelerator.backward(loss)
                 update += loss.detach()
-        for name in TOKEN_MEANS:  # TRL has noted one mean a part
-            if values := self._metrics["train"].get(name):
-                mean = (everyone / total) @ torch.tensor(values[-len(parts) :], device=total.device)
-                values[-len(parts) :] = [mean.item()]
+        self._merge_metrics(tokens, total)
         self._step += 1
         self._metrics["train"]["step_time"].append(time.perf_counter() - start)
         return update
 
-    def _parts(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
-        """The rows of each part: as many parts in every process, since TRL adds up metrics between processes a part."""
-        lengths = [inputs[name].sum(dim=1).tolist() for name in ("prompt_mask", "completion_mask")]
-        own = len(split_rows(*lengths, self.settings.micro_batch_tokens))
-        most = int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
-        parts = split_rows(*lengths, self.settings.micro_batch_tokens, most)
-        return [torch.tensor(rows, device=self.accelerator.device) for rows in parts]
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """TRL gathers metrics of all processes with each loss, but their parts differ in number and in size."""
+        self.accelerator.gather = self.accelerator.reduce = lambda tensor, **_: tensor
+        try:
+            yield
+        finally:
+            del self.accelerator.gather, self.accelerator.reduce  # the instance's; the methods are there again
+
+    def _merge_metrics(self, tokens: torch.Tensor, total: torch.Tensor) -> None:
+        """From one mean a part of this process to one over all tokens of the update. `tokens` (parts,), `total` ()."""
+        noted = self._metrics["train"]
+        for name in ("clip_ratio/low_min", "clip_ratio/high_max"):  # no means; of no use
+            noted.pop(name, None)
+        for name in TOKEN_MEANS:
+            if values := noted.get(name):
+                own = tokens @ torch.tensor(values[-len(tokens) :], device=tokens.device)
+                values[-len(tokens) :] = [(self.accelerator.reduce(own, reduction="sum") / total).item()]
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options
@@ -318,7 +325,7 @@ class MaskedGRPOTrainer(GRPOTrainer):
         out.
         """
         masks = attention_mask[:, :-logits_to_keep], attention_mask[:, -logits_to_keep:]
-        parts = split_rows(*(mask.sum(dim=1).tolist() for mask in masks), self.settings.micro_batch_tokens)
+        parts = _parts(*masks, self.settings.micro_batch_tokens)
         scored = []
         for rows in parts:
             used = attention_mask[rows].any(dim=0).nonzero()
@@ -332,7 +339,7 @@ class MaskedGRPOTrainer(GRPOTrainer):
                 **options,
             )
             scored.append([None if x is None else torch.nn.functional.pad(x, (0, unused)) for x in (logps, entropies)])
-        back = torch.tensor([row for rows in parts for row in rows], device=input_ids.device).argsort()
+        back = torch.cat(parts).argsort()
         logps, entropies = (None if x[0] is None else torch.cat(x)[back] for x in zip(*scored, strict=True))
         return logps, entropies, None
 
@@ -340,8 +347,8 @@ class MaskedGRPOTrainer(GRPOTrainer):
         """Checkpoints here are for going on, not for publishing."""
 
 
-def split_rows(prompts: list[int], completions: list[int], tokens: int, at_least: int = 1) -> list[list[int]]:
-    """Rows in `at_least` so many parts, longest first, each of `tokens` at most; a longer row is a part alone.
+def split_rows(prompts: list[int], completions: list[int], tokens: int) -> list[list[int]]:
+    """Rows in parts, longest first, each of `tokens` at most, padding included; a longer row is a part alone.
 
     `prompts` and `completions` are lengths. A part is as wide as its longest prompt, padded on the left, and its
     longest completion, padded on the right, together.
@@ -354,11 +361,13 @@ def split_rows(prompts: list[int], completions: list[int], tokens: int, at_least
             parts[-1] = rows
         else:
             parts.append([row])
-    for _ in range(at_least - len(parts)):
-        at = max(range(len(parts)), key=lambda at: len(parts[at]))
-        half = len(parts[at]) // 2
-        parts[at : at + 1] = [parts[at][:half], parts[at][half:]]
     return parts
+
+
+def _parts(prompt_mask: torch.Tensor, completion_mask: torch.Tensor, tokens: int) -> list[torch.Tensor]:
+    """`split_rows` for masks (rows, columns)."""
+    lengths = (mask.sum(dim=1).tolist() for mask in (prompt_mask, completion_mask))
+    return [torch.tensor(rows, device=prompt_mask.device) for rows in split_rows(*lengths, tokens)]
 
 
 def reward_of_rollout(prompts: list, completions: list, reward: list[float], **_: Any) -> list[float]:
