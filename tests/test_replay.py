@@ -33,36 +33,37 @@ NO_ACTION = (  # written out, so that the text itself is tested
 OBSERVATION = re.compile(r"\n\n<information>.*?</information>\n\n|" + re.escape(NO_ACTION), re.DOTALL)
 WORD_OR_MARK = re.compile(r"\w+|[^\w\s]")
 BATCH = 125
+NO_MODEL = SimpleNamespace(
+    training=False, eval=lambda: None, train=lambda mode: None, config=SimpleNamespace(max_position_embeddings=None)
+)
 
 
-class ScriptedModel:
-    """Writes given token ids, row by row. It keeps each row's number in the cache, as a real model keeps its states."""
+class ScriptedWriter:
+    """Writes given turns, row by row, in place of a model."""
 
-    def __init__(self, scripts: list[list[int]], vocabulary: int, end: int) -> None:
-        self.scripts, self.vocabulary, self.end = scripts, vocabulary, end
-        self.written = [-1] * len(scripts)
-        self.training = False
-        self.config = SimpleNamespace(max_position_embeddings=None)
-        self.generation_config = SimpleNamespace(eos_token_id=end)
+    patience = 1
 
-    def eval(self) -> None: ...
+    def __init__(self, scripts: list[list[list[int]]], end: int) -> None:
+        self.turns = [iter(script) for script in scripts]
+        self.capacity, self.end = len(scripts), end
+        self.next: list[int] = []
 
-    def train(self, mode: bool) -> None: ...
+    @property
+    def writing(self) -> int:
+        return len(self.next)
 
-    def __call__(self, input_ids, attention_mask, past_key_values, **_) -> SimpleNamespace:
-        rows, tokens = input_ids.shape
-        if not past_key_values.layers:
-            numbers = torch.arange(rows)
-        else:
-            numbers = past_key_values.layers[0].keys[:, 0, -1, 0].long()
-        states = numbers.float()[:, None, None, None].expand(rows, 1, tokens, 1)
-        past_key_values.update(states, states, 0)
-        logits = torch.zeros(rows, 1, self.vocabulary)
-        for row, number in enumerate(numbers.tolist()):
-            self.written[number] += int(attention_mask[row, -1])  # one token of the row's own in every reading
-            script, at = self.scripts[number], self.written[number]
-            logits[row, 0, script[at] if at < len(script) else self.end] = 9.0
-        return SimpleNamespace(logits=logits)
+    def open(self, rows, prompt, streams) -> None:
+        self.next += rows
+
+    def read(self, row, ids) -> None:
+        self.next.append(row)
+
+    def advance(self):
+        rows, self.next = self.next, []
+        written = [(row, next(self.turns[row], [self.end])) for row in rows]
+        return [(row, ids, [-1.0] * len(ids)) for row, ids in written]
+
+    def close(self, row) -> None: ...
 
 
 class RecordedRetriever:
@@ -128,12 +129,12 @@ def replay(rows: list[dict], corpus: dict, tokenizer, chat_template: bool) -> li
         turns = turns_of(row["response"])
         closed = ("</search>", "</answer>")
         texts = [text if text.endswith(closed) else text + tokenizer.eos_token for text, _ in turns]
-        scripts.append([token for text in texts for token in tokenizer.encode(text)])
+        scripts.append([tokenizer.encode(text) for text in texts])
         for text, observation in turns:
             if observation.startswith("\n\n<information>"):
                 found[parse_action(text).content] = passages_of(observation, corpus)
-    model = ScriptedModel(scripts, len(tokenizer), tokenizer.eos_token_id)
-    policy = Policy(model, tokenizer, torch.device("cpu"))
+    policy = Policy(NO_MODEL, tokenizer, torch.device("cpu"))
+    writer = ScriptedWriter(scripts, tokenizer.eos_token_id)
     profile = load_profile(
         "tiny",
         chat_template=chat_template,
@@ -144,7 +145,7 @@ def replay(rows: list[dict], corpus: dict, tokenizer, chat_template: bool) -> li
         max_context_tokens=10**6,
     )
     questions = [Question(row["id"], row["question"], tuple(row["golden_answers"])) for row in rows]
-    return rollout(policy, questions, RecordedRetriever(found), profile, greedy=True)
+    return rollout(policy, questions, RecordedRetriever(found), profile, writer=writer)
 
 
 def difference(ours: Trajectory, row: dict) -> str:

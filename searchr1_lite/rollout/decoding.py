@@ -37,14 +37,18 @@ class LocalWriter:
         self.pick, self.temperature = pick or self._sample, temperature
         self.stops = Stops(policy)
         self.cache = _Cache(capacity)
-        self.slots: list[int | None] = [None] * capacity  # the row in each slot; those that write come first
-        self.writing = 0
+        self.slots: list[int | None] = [None] * capacity  # the row in each slot
+        self.active = 0  # rows that write; they are in the first slots
         self.lengths = np.zeros(capacity, dtype=np.int64)  # tokens read, by slot
         self.logits: torch.Tensor | None = None  # (writing, vocabulary), for the next token
         self.streams: dict[int, np.random.Generator] = {}
         self.written: dict[int, tuple[list[int], list[float]]] = {}  # of the turn that a row is in, or was last in
         self.prompts: list[tuple[list[int], list[int]]] = []  # rows and the prompt that they share, to be read
         self.chunks: dict[int, list[int]] = {}  # what else is to be read
+
+    @property
+    def writing(self) -> int:
+        return self.active + len(self.chunks) + sum(len(rows) for rows, _ in self.prompts)
 
     def open(self, rows: Sequence[int], prompt: Sequence[int], streams: Sequence[np.random.Generator]) -> None:
         for row, stream in zip(rows, streams, strict=True):
@@ -62,11 +66,11 @@ class LocalWriter:
 
     def advance(self) -> list[tuple[int, list[int], list[float]]]:
         self._read_what_waits()
-        if not self.writing:
+        if not self.active:
             return []
-        rows = self.slots[: self.writing]
+        rows = self.slots[: self.active]
         picked, logprobs = (one.cpu().numpy() for one in self.pick(self.logits, rows))
-        ended = [slot for slot in range(self.writing) if self._add(rows[slot], picked[slot], logprobs[slot])]
+        ended = [slot for slot in range(self.active) if self._add(rows[slot], picked[slot], logprobs[slot])]
         going = self._stop_writing(ended)
         if going:
             self._step(picked[going])
@@ -81,12 +85,12 @@ class LocalWriter:
 
     def _stop_writing(self, ended: list[int]) -> list[int]:
         """Put the rows that go on into the first slots; which slots they were in, in their new order."""
-        going = self.writing - len(ended)
-        stays = [slot for slot in range(self.writing) if slot not in set(ended)]
+        going = self.active - len(ended)
+        stays = [slot for slot in range(self.active) if slot not in set(ended)]
         late = [slot for slot in stays if slot >= going]
         order = [late.pop() if slot in set(ended) else slot for slot in range(going)]
         rows = [self.slots[slot] for slot in order]
-        self.writing = going
+        self.active = going
         self._arrange(0, rows)
         return order
 
@@ -120,21 +124,21 @@ class LocalWriter:
         texts = {rows[0]: prompt for rows, prompt in self.prompts} | self.chunks
         copies = {copy: rows[0] for rows, _ in self.prompts for copy in rows[1:]}
         order = [*sorted(leaders, key=lambda row: len(texts[row])), *sorted(self.chunks, key=lambda r: len(texts[r]))]
-        self._arrange(self.writing, [*order, *copies])
-        logits = [] if self.logits is None or not self.writing else [self.logits]
+        self._arrange(self.active, [*order, *copies])
+        logits = [] if self.logits is None or not self.active else [self.logits]
         for part in _alike(order, texts):
             slot = self.slots.index(part[0])
             logits.append(self._forward(slot, *_left_padded([texts[row] for row in part], self.policy)))
-        first = self.writing
-        self.writing += len(order) + len(copies)
+        first = self.active
+        self.active += len(order) + len(copies)
         self.logits = torch.cat(logits)
         if copies:
             leader_slots = [first + order.index(leader) for leader in copies.values()]
-            copy_slots = list(range(first + len(order), self.writing))
+            copy_slots = list(range(first + len(order), self.active))
             self.lengths[copy_slots] = self.lengths[leader_slots]
             self.cache.move(leader_slots, copy_slots, int(self.lengths[leader_slots].max()))
             self.logits = torch.cat([self.logits, self.logits[leader_slots]])
-        for row in self.slots[first : self.writing]:
+        for row in self.slots[first : self.active]:
             self.written[row] = ([], [])
         self.prompts, self.chunks = [], {}
 

@@ -9,6 +9,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -27,6 +28,7 @@ from searchr1_lite.rollout.protocol import (
     render_observation,
 )
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.rollout.weights import plain_weights
 from searchr1_lite.types import Hit, Question, Retriever
 
 
@@ -87,14 +89,17 @@ def rollout(
     limit = _context_limit(policy, profile)
     prompts = _encode_prompts(policy, questions, profile, limit)
     rows = [_Row(q, ids) for q, ids in zip(questions, prompts, strict=True) for _ in range(group_size)]
+    weights = nullcontext()
     if writer is None:
+        if profile.sampling_weights == "dequantized":
+            weights = plain_weights(policy.model)
         capacity = max(group_size, min(profile.rollout_rows, len(rows)))
         pick = likeliest if greedy else None
         writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature)
     was_training = policy.model.training
     policy.model.eval()  # no dropout; and in training mode gradient checkpointing silently drops the cache
     try:
-        with torch.no_grad(), _Searches(retriever, profile.topk) as searches:
+        with torch.no_grad(), weights, _Searches(retriever, profile.topk) as searches:
             loop = _Loop(rows, group_size, writer, searches, policy, profile, limit, seed)
             for trajectory in loop.run():
                 if done:
@@ -131,8 +136,8 @@ class _Loop:
         ready = step = 0
         while ready < len(self.rows):
             if not self.writer.writing or step % (self.writer.patience or 1) == 0:
-                self._observe(self._answered(step))
                 self._refill()
+                self._observe(self._answered(step))
             ended = self.writer.advance()
             self._take_turns(step, ended)
             step += 1
@@ -169,7 +174,7 @@ class _Loop:
 
     def _answered(self, step: int) -> list[_Asked]:
         """The rows that are to read their observations now, taken off the list."""
-        patience, idle = self.writer.patience, not self.writer.writing and not self.waiting
+        patience, idle = self.writer.patience, not self.writer.writing
         if patience is not None:
             due = [one for one in self.asked if idle or one.step <= step - patience]
         else:
