@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from searchr1_lite.rollout.decoding import Stops, _Cache
+from searchr1_lite.rollout.decoding import LocalWriter, Stops, _Cache
+from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError, _Searches, rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import (
@@ -259,9 +260,15 @@ def test_equals_the_obvious_implementation(tokenizer, retriever, profile, script
         reference(policy, question, retriever, profile, script, [_ids(tokenizer, turn) for turn in turns])
         for question, turns in zip(questions, scripts, strict=True)
     ]
-    for got, wanted in zip(rollout(policy, questions, retriever, profile, greedy=True), expected, strict=True):
-        assert got.logprobs == pytest.approx(wanted.logprobs, abs=1e-5)
-        assert dataclasses.replace(got, logprobs=wanted.logprobs) == wanted
+    # Recorded steps have fixed shapes, rows too many and entries too many; here "recorded" is simply run again.
+    recorded = LocalWriter(
+        policy, profile.rollout_rows, profile.max_response_tokens, likeliest, record=lambda step: step
+    )
+    for writer in (None, recorded):
+        answered = rollout(policy, questions, retriever, profile, greedy=True, writer=writer)
+        for got, wanted in zip(answered, expected, strict=True):
+            assert got.logprobs == pytest.approx(wanted.logprobs, abs=1e-5)
+            assert dataclasses.replace(got, logprobs=wanted.logprobs) == wanted
 
 
 def _ids(tokenizer, turn) -> list[int]:
@@ -509,6 +516,22 @@ def test_every_token_is_read_once_and_no_other_row_is_computed(tokenizer, retrie
     # in forwards of one token a row, every token that was written but each turn's last
     turns = sum(len(one.turns) for one in trajectories)
     assert sum(written) == sum(one.response_length for one in trajectories) - turns
+
+
+def test_few_steps_are_recorded_and_repeated(tokenizer, retriever, profile):
+    policy, recorded, repeated = biased_policy(tokenizer), [], []
+
+    def record(step):
+        recorded.append(step)
+        return lambda: repeated.append(step) or step()
+
+    profile = profile.model_copy(update={"max_response_tokens": 40})
+    writer = LocalWriter(policy, 12, 40, record=record)
+    trajectories = rollout(policy, QUESTIONS, retriever, profile, group_size=3, seed=4, writer=writer)
+    plain = rollout(policy, QUESTIONS, retriever, profile, group_size=3, seed=4)
+    assert [one.completion_ids for one in trajectories] == [one.completion_ids for one in plain]
+    assert len(repeated) >= max(one.response_length for one in trajectories) - 5
+    assert len(recorded) <= 2 * 5  # 8 or 12 rows; a few sizes of the cache
 
 
 def test_the_cache_grows_rarely_and_keeps_what_it_holds():

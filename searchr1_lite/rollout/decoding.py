@@ -7,6 +7,7 @@ the entries of a group's prompt (each copy has its own), and models whose layers
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import CLOSING_TAGS
 
 Pick = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, torch.Tensor]]
+Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 READ_TOKENS = 8192  # tokens of prompts or observations in one forward, at most; a longer one goes alone
 ENTRIES = 64  # the cache grows by whole multiples of it
 
@@ -25,18 +27,25 @@ class LocalWriter:
 
     `pick(logits, rows)` chooses the tokens: logits (n, vocabulary) in 32 bits, of these rows; it returns ids (n,) and
     their log-probabilities (n,). Without it they are sampled, each row from its own stream of random numbers, from
-    the full softmax at `temperature`.
+    the full softmax at `temperature`. `record`, see `_Recorded`, is `cuda_graph` or nothing.
     """
 
     patience = 4  # steps between an observation's search and its reading; rows that ask about then are read together
 
     def __init__(
-        self, policy: Policy, capacity: int, max_tokens: int, pick: Pick | None = None, temperature: float = 1.0
+        self,
+        policy: Policy,
+        capacity: int,
+        max_tokens: int,
+        pick: Pick | None = None,
+        temperature: float = 1.0,
+        record: Record | None = None,
     ) -> None:
         self.policy, self.capacity, self.max_tokens = policy, capacity, max_tokens
         self.pick, self.temperature = pick or self._sample, temperature
         self.stops = Stops(policy)
         self.cache = _Cache(capacity)
+        self.recorded = _Recorded(policy, self.cache, record) if record else None
         self.slots: list[int | None] = [None] * capacity  # the row in each slot
         self.active = 0  # rows that write; they are in the first slots
         self.lengths = np.zeros(capacity, dtype=np.int64)  # tokens read, by slot
@@ -114,7 +123,12 @@ class LocalWriter:
 
     def _step(self, tokens: np.ndarray) -> None:
         """Read one token for every row that writes."""
-        self.logits = self._forward(0, tokens[:, None], np.ones((len(tokens), 1), dtype=np.int64))
+        if self.recorded:
+            self.cache.reach(int(self.lengths[: self.active].max()) + 1)
+            self.logits = self.recorded.step(tokens, self.lengths[: self.active])
+            self.lengths[: self.active] += 1
+        else:
+            self.logits = self._forward(0, tokens[:, None], np.ones((len(tokens), 1), dtype=np.int64))
 
     def _read_what_waits(self) -> None:
         """Read prompts, once for all rows that share one, and observations; all these rows then write."""
@@ -147,24 +161,14 @@ class LocalWriter:
 
         Where `real` is 0, on the left, is padding: it is put into the last entry, which nothing looks at.
         """
-        device, slots = self.policy.device, slice(start, start + len(ids))
+        slots = slice(start, start + len(ids))
         positions = (self.lengths[slots, None] + real.cumsum(1) - 1).clip(min=0)
         width = int(positions.max()) + 1
         self.cache.reach(width)
         places = np.where(real, positions, self.cache.entries - 1)
         self.lengths[slots] += real.sum(1)
-        positions = torch.from_numpy(positions).to(device)
-        self.cache.aim(slots, torch.from_numpy(places).to(device), width)
-        visible = torch.arange(width, device=device) <= positions[:, None, :, None]  # (n, 1, tokens, entries)
-        output = self.policy.model(
-            input_ids=torch.from_numpy(ids).to(device),
-            attention_mask=visible,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
+        ids, positions, places = (torch.from_numpy(x).to(self.policy.device) for x in (ids, positions, places))
+        return _read(self.policy.model, self.cache, slots, ids, positions, places, width)
 
     def _sample(self, logits: torch.Tensor, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """By inverting the distribution at one random number a row, so that a row's tokens are its own affair."""
@@ -174,6 +178,29 @@ class LocalWriter:
         token = torch.searchsorted(below, share[:, None] * below[:, -1:], right=True)
         token = token.clamp(max=logits.shape[1] - 1)
         return token[:, 0], logprobs.gather(1, token)[:, 0]
+
+
+def _read(
+    model: torch.nn.Module,
+    cache: "_Cache",
+    slots: slice,
+    ids: torch.Tensor,
+    positions: torch.Tensor,
+    places: torch.Tensor,
+    width: int,
+) -> torch.Tensor:
+    """One forward: `ids` (n, tokens) at `positions`, kept at `places`, seeing all before them, up to `width`."""
+    cache.aim(slots, places, width)
+    visible = torch.arange(width, device=ids.device) <= positions[:, None, :, None]  # (n, 1, tokens, entries)
+    output = model(
+        input_ids=ids,
+        attention_mask=visible,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return output.logits[:, -1].float()
 
 
 def greedy(logits: torch.Tensor, rows: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,3 +297,63 @@ class _Cache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.width
+
+
+class _Recorded:
+    """Steps of fixed shape, each recorded once and then repeated without Python in between.
+
+    Rows are rounded up to a multiple of 8 and entries to one of 256, so few recordings serve a rollout. A row too
+    many reads padding into its slot's last entry, which nothing looks at. When the cache grows, recordings are made
+    anew. `record` takes a step and gives what repeats it, returning the same tensor (n, vocabulary) filled again.
+    """
+
+    def __init__(self, policy: Policy, cache: _Cache, record: Record) -> None:
+        self.policy, self.cache, self.record = policy, cache, record
+        self.inputs = torch.zeros((3, cache.slots, 1), dtype=torch.long, device=policy.device)
+        self.steps: dict[tuple[int, int, int], Callable[[], torch.Tensor]] = {}
+
+    def step(self, tokens: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+        n, entries = len(tokens), self.cache.entries
+        rows, width = min(-(-n // 8) * 8, self.cache.slots), min(-(-(int(lengths.max()) + 1) // 256) * 256, entries)
+        inputs = np.zeros((3, rows, 1), dtype=np.int64)  # ids, positions, places
+        inputs[2] = entries - 1
+        inputs[:, :n, 0] = tokens, lengths, lengths
+        self.inputs[:, :rows] = torch.from_numpy(inputs).to(self.inputs.device)
+        key = rows, width, entries
+        if key not in self.steps:
+            self.steps = {known: step for known, step in self.steps.items() if known[2] == entries}
+            ids, positions, places = self.inputs[:, :rows]
+            slots, model = slice(0, rows), self.policy.model
+            self.steps[key] = self.record(lambda: _read(model, self.cache, slots, ids, positions, places, width))
+        return self.steps[key]()[:n].clone()
+
+
+def cuda_graph(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Record a step as a CUDA graph, after a run on a stream of its own for what kernels set up once."""
+    autocast = partial(
+        torch.autocast,
+        "cuda",
+        torch.get_autocast_dtype("cuda"),
+        torch.is_autocast_enabled("cuda"),
+        cache_enabled=False,  # a cached cast would be recorded as if it were made once
+    )
+    beside = torch.cuda.Stream()
+    beside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(beside), autocast():
+        step()
+    torch.cuda.current_stream().wait_stream(beside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=_graph_pool()), autocast():
+        logits = step()
+
+    def repeat() -> torch.Tensor:
+        graph.replay()
+        return logits
+
+    return repeat
+
+
+@cache
+def _graph_pool():
+    """Memory for all graphs: no two run at once, and what one returns is copied at once."""
+    return torch.cuda.graph_pool_handle()

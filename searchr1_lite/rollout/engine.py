@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from searchr1_lite.config import Profile
-from searchr1_lite.rollout.decoding import LocalWriter, decode
+from searchr1_lite.rollout.decoding import LocalWriter, cuda_graph, decode
 from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import (
@@ -95,7 +95,8 @@ def rollout(
             weights = plain_weights(policy.model)
         capacity = max(group_size, min(profile.rollout_rows, len(rows)))
         pick = likeliest if greedy else None
-        writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature)
+        record = cuda_graph if profile.cuda_graphs and policy.device.type == "cuda" else None
+        writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature, record)
     was_training = policy.model.training
     policy.model.eval()  # no dropout; and in training mode gradient checkpointing silently drops the cache
     try:
