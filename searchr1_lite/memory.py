@@ -118,7 +118,7 @@ def _rollout(profile: Profile, shape: Shape) -> dict[str, float]:
     width, rows = _width(profile), max(profile.rollout_rows, profile.group_size)
     entries = -(-(profile.max_context_tokens + 1) // ENTRIES) * ENTRIES
     packed = profile.quantization == "nf4"
-    copied = packed and profile.sampling_weights == "dequantized"
+    copied = (packed or width == 4) and profile.sampling_weights == "dequantized"  # rollout/weights.py
     # Reading observations: in the MLP the gate and three results on the way up (base, LoRA, sum); in attention keys
     # and values repeated for every query head, which a mask asks for (transformers/integrations/sdpa_attention.py).
     tokens = min(READ_TOKENS, rows * profile.max_context_tokens)
@@ -127,7 +127,7 @@ def _rollout(profile: Profile, shape: Shape) -> dict[str, float]:
     attention = width * (2 * read_rows * entries * shape.query + tokens * (entries + 4 * shape.hidden))
     return {
         "key-value cache": rows * entries * cache_bytes_per_token(profile, shape),
-        "unpacked copy of 4-bit weights": sum(shape.linear) * width * copied,
+        "plain copy of the weights": sum(shape.linear) * width * copied,
         "one 4-bit layer unpacked": max(shape.linear) * width * (packed and not copied),
         "reading or sampling": max(mlp, attention, rows * shape.vocabulary * SAMPLING),
     }

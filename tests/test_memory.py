@@ -199,7 +199,7 @@ def test_qwen_3b_by_hand(real):
     assert plan.fixed["weights, linear layers"] == pytest.approx(1.43e9, rel=0.005)
     assert plan.fixed["weights, embeddings and the rest"] == pytest.approx(151936 * 2048 * 2, rel=0.002)
     assert plan.rollout["key-value cache"] == 30 * 4160 * 36 * 1024
-    assert plan.rollout["unpacked copy of 4-bit weights"] == 2 * 2_774_532_096
+    assert plan.rollout["plain copy of the weights"] == 2 * 2_774_532_096
     assert plan.training["kept hidden states"] == pytest.approx(2 * 0.604e9, rel=0.07)  # 36 x 16.8 MB a trajectory
     assert plan.peak == sum(plan.fixed.values()) + sum(plan.rollout.values()) > sum(plan.training.values())
 
@@ -234,7 +234,7 @@ def test_what_cannot_fit_is_refused_with_the_values_that_would(real):
         check_memory(profile, free=12_500_000_000)
     message = str(raised.value)
     assert "needs 14.0 GB of GPU memory at its peak, and 12.5 GB are free" in message
-    assert "the largest part is unpacked copy of 4-bit weights (5.5 GB)" in message
+    assert "the largest part is plain copy of the weights (5.5 GB)" in message
     # a row is 4,160 x 36 KiB = 0.1534 GB: 13.99 - 10 x 0.1534 = 12.46; 256 tokens of 30 rows are 0.2831 GB, and
     # five times that is not enough
     assert "It would fit with rollout_rows=20 or max_context_tokens=2560 or sampling_weights=quantized" in message
