@@ -271,13 +271,16 @@ def continuous_batching(work: Work, share: bool) -> list[Written]:
 
     `share`: blocks of equal beginnings are kept and shared, between turns and between copies of a question (for which
     first copies are sent first). Given more than it has: it cannot stop at a tag, and is told each turn's length.
+    On a CPU its attention looks at the entries of all requests of a batch, masked, so few at once are faster: of 4, 8
+    and 16 requests and 256 and 1,024 tokens, the fastest for 32 rows were 8 and 256.
     """
     model, page = work.policy.model, 32
     longest = max(map(len, work.prompts)) + work.profile.max_turns * 400 + max(sum(map(len, s)) for s in work.scripts)
     settings = ContinuousBatchingConfig(
         page_size=page,
         num_blocks=len(work.prompts) * (longest // page + 2),
-        max_batch_tokens=2048,
+        max_batch_tokens=256,
+        max_requests_per_batch=8,
         allow_block_sharing=share,
     )
     sampling = GenerationConfig(**SAMPLING, eos_token_id=-1, max_new_tokens=work.profile.max_response_tokens)

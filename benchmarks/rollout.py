@@ -20,7 +20,19 @@ from typing import Any
 
 import peers
 import torch
-from workload import LENGTHS, RECORDED, SHAPE, Clock, Work, Written, learn_histories, make_policy, make_work, ours
+from workload import (
+    LENGTHS,
+    QUICK_LENGTHS,
+    RECORDED,
+    SHAPE,
+    Clock,
+    Work,
+    Written,
+    learn_histories,
+    make_policy,
+    make_work,
+    ours,
+)
 
 from searchr1_lite.config import ROOT
 from searchr1_lite.jsonl import write_json
@@ -130,7 +142,7 @@ def describe(work: Work, arguments: argparse.Namespace) -> dict[str, Any]:
             "trl_tools": "tools loop of GRPOTrainer._generate; ends at tags, which TRL itself cannot ask for",
             "generate_loop": "batched, rows that are done leave, ids never encoded again",
             "search_r1": "no stop strings, as upstream; searches without a server",
-            "continuous_batching": "pages of 32, told each turn's length; the faster of sharing and not counts",
+            "continuous_batching": "8 requests at once, told each turn's length; the faster of sharing and not counts",
         },
     }
 
@@ -153,7 +165,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         sys.exit(f"error: {arguments.search_r1} is no checkout of Search-R1: it has no {peers.GENERATION}")
     if arguments.quick:
         arguments.questions, arguments.group_size, arguments.repeats = 2, 2, 1
-        arguments.lengths, arguments.max_response_tokens = (28, 0.2, 25, 40), 48
+        arguments.lengths, arguments.max_response_tokens = QUICK_LENGTHS, 40
     return arguments
 
 
@@ -178,8 +190,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         wanted = {"ours", *arguments.only} if arguments.only else set(found)
         return work, {name: engine for name, engine in found.items() if name in wanted}
 
-    print("a small round to warm up", flush=True)
-    measure(*work_and_engines(1, 2), 1)
+    if not arguments.quick:
+        print("a small round to warm up", flush=True)
+        measure(*work_and_engines(1, 2), 1)
     work, found = work_and_engines(arguments.questions, arguments.group_size)
     print(f"{arguments.repeats} rounds of {len(work.prompts)} rows", flush=True)
     result = report(work, measure(work, found, arguments.repeats))

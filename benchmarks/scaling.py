@@ -9,6 +9,7 @@ so that every row of a point costs what it costs at the others. Points are inter
 import argparse
 import logging
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 from peers import generate_loop
-from workload import LENGTHS, SHAPE, Clock, Work, learn_histories, make_policy, make_work, ours
+from workload import LENGTHS, QUICK_LENGTHS, SHAPE, Clock, Work, learn_histories, make_policy, make_work, ours
 
 from searchr1_lite.config import ROOT
 from searchr1_lite.jsonl import write_json
@@ -48,14 +49,15 @@ def points(quick: bool, seed: int) -> dict[str, dict[int, Work]]:
     policy = make_policy({} if quick else SHAPE, seed, context=4096)
     small: dict[str, Any] = {"questions": 2, "group_size": 2 if quick else 8, "seed": seed}
     if quick:
-        small |= {"lengths": (28, 0.2, 25, 40), "max_response_tokens": 48}
+        small |= {"lengths": QUICK_LENGTHS, "max_response_tokens": 40}
     base = make_work(policy, **small)
     found: dict[str, dict[int, Work]] = {"rows": {}, "turns": {}, "context": {}}
     for times in (1, 2) if quick else (1, 2, 4, 8):
         found["rows"][len(base.prompts) * times] = repeated(base, times)
+    small["questions"] = 1
     for searches in (0, 1) if quick else range(5):
         found["turns"][searches + 1] = make_work(policy, searches=searches, **small)
-    for passages in (1, 3) if quick else (1, 3, 9, 15, 21):
+    for passages in (1, 3) if quick else (1, 7, 14, 21):
         work = make_work(policy, topk=passages, max_observation_tokens=1200, **small)
         longest = max(len(one.prompt_ids) + len(one.completion_ids) for one in ours(work))
         found["context"][longest] = work
@@ -132,7 +134,7 @@ def draw(result: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 label=NAMES[name],
             )
         panel.set_xlabel(AXES[axis])
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, panel.get_ylim()[1] * 1.1)
         if axis == "rows":
             panel.set_xscale("log", base=2)
         if axis != "context":
@@ -147,7 +149,7 @@ def draw(result: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the tiny model, few rows and points, once: a dry run")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "data/results/benchmarks/scaling.json")
     arguments = parser.parse_args(argv)
@@ -156,17 +158,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1)))
     found = points(arguments.quick, arguments.seed)
     result = report(measure(found, 1 if arguments.quick else arguments.repeats))
-    policy = found["rows"][min(found["rows"])].policy
+    one = found["turns"][1]
+    policy, rows = one.policy, len(one.prompts)
     workload = {
         "parameters": sum(p.numel() for p in policy.model.parameters()),
         "dtype": "float32",
         "torch_threads": torch.get_num_threads(),
         "rows": "the same rows repeated, all in memory; 3 turns, 3 passages a search",
-        "turns": f"{min(found['rows'])} rows; the last turn answers, the others search",
-        "context": f"{min(found['rows'])} rows, 3 turns; longer by more passages a search",
-        "turn_tokens": dict(zip(("median", "sigma", "least", "most"), LENGTHS, strict=True)),
+        "turns": f"{rows} rows; the last turn answers, the others search",
+        "context": f"{rows} rows, 3 turns; longer by more passages a search",
+        "turn_tokens": dict(
+            zip(("median", "sigma", "least", "most"), QUICK_LENGTHS if arguments.quick else LENGTHS, strict=True)
+        ),
     }
-    typed = " ".join(["python benchmarks/scaling.py", *(argv or [])])
+    typed = " ".join(["python benchmarks/scaling.py", *(sys.argv[1:] if argv is None else argv)])
     whole = provenance(["torch", "transformers", "numpy"]) | {"command": typed, "workload": workload} | result
     write_json(arguments.out, whole)
     draw(result, arguments.out.with_suffix(".png"))

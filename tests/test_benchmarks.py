@@ -21,7 +21,7 @@ import scaling
 import workload
 
 SEARCH_R1 = os.environ.get("SEARCH_R1")
-QUICK = {"questions": 2, "group_size": 2, "lengths": (28, 0.2, 25, 40), "max_response_tokens": 48}
+QUICK = {"questions": 2, "group_size": 2, "lengths": workload.QUICK_LENGTHS, "max_response_tokens": 40}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_folder_that_is_no_checkout_is_refused(tmp_path):
 def test_scripts_differ_by_row_and_turn_and_keep_to_their_lengths(work):
     turns = [tuple(turn) for script in work.scripts for turn in script]
     assert len(set(turns)) == len(turns) == 12
-    assert all(25 <= len(turn) <= 48 for turn in turns)
+    assert all(20 <= len(turn) <= 40 for turn in turns)
 
 
 def test_scaling_writes_points_and_a_picture(tmp_path):
