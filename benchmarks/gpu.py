@@ -16,7 +16,7 @@ import time
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -27,15 +27,15 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from memory import model_config
+from memory import CARDS, model_config
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, StaticCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from searchr1_lite.config import ROOT, Profile, load_profile, resolve_path
 from searchr1_lite.jsonl import write_json
 from searchr1_lite.memory import CONTEXT, GB, cache_bytes_per_token, memory_plan, model_shape
 from searchr1_lite.provenance import provenance
-from searchr1_lite.rollout.decoding import LocalWriter
+from searchr1_lite.rollout.decoding import LocalWriter, Record, cuda_graph
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy, load_policy
 from searchr1_lite.rollout.protocol import encode_prompt
@@ -161,13 +161,13 @@ def decoding(profile: Profile, sizes: Sizes, moved: float, say: Callable[[str], 
         cache = rows * context * cache_bytes_per_token(profile, shape)
         result: dict[str, Any] = {"weights": kind, "rows": rows, "context": context}
         result["floor_ms"] = 1000 * (weights[kind] + cache) / moved
-        for way, make in (("engine", engine_step), ("static", static_step), ("graph", graph_step)):
+        for way, make in (("eager", eager_step), ("graph", graph_step), ("forward", forward_step)):
             seconds = attempt(result, way, partial(_timed, make, policy, rows, context, kind, sizes))
             if seconds is None:
                 continue
             result[f"{way}_ms"], result[f"{way}_over_floor"] = 1000 * seconds, 1000 * seconds / result["floor_ms"]
         found.append(result)
-        say(f"decoding {kind}, {rows} rows of {context}: " + _short(result, ("floor", "engine", "static", "graph")))
+        say(f"decoding {kind}, {rows} rows of {context}: " + _short(result, ("floor", "eager", "graph", "forward")))
     return found
 
 
@@ -190,10 +190,10 @@ def attempt(result: dict[str, Any], what: str, run: Callable[[], Any]) -> Any:
         return None
 
 
-def engine_step(policy: Policy, rows: int, context: int) -> Callable[[], Any]:
-    """A step as in a rollout: sampling, looking for stops and the forward, over rows of almost `context` tokens."""
+def writer_of(policy: Policy, rows: int, context: int, record: Record | None) -> LocalWriter:
+    """Rows of almost `context` tokens that all write, in a turn that does not end."""
     filler = policy.tokenizer.encode(WORD)[0]
-    writer = LocalWriter(policy, rows, context, temperature=1.0)
+    writer = LocalWriter(policy, rows, context, temperature=1.0, record=record)
 
     def pick(logits: torch.Tensor, which: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         ids, logprobs = writer._sample(logits, which)
@@ -202,45 +202,28 @@ def engine_step(policy: Policy, rows: int, context: int) -> Callable[[], Any]:
     writer.pick = pick
     streams = [np.random.Generator(np.random.Philox(row)) for row in range(rows)]
     writer.open(list(range(rows)), [filler] * (context - context // 16), streams)
-    return writer.advance
+    return writer
 
 
-def static_step(policy: Policy, rows: int, context: int) -> Callable[[], Any]:
-    """A forward of one token a row over a cache of fixed size, full but for the last entry, and the likeliest token."""
-    config, device = policy.model.config, policy.device
-    cache = StaticCache(config, max_cache_len=context)
-    head = config.hidden_size // config.num_attention_heads
-    cache.early_initialization(rows, config.num_key_value_heads, head, policy.model.dtype, device)
-    ids = torch.ones((rows, 1), dtype=torch.long, device=device)
-    positions = torch.full((rows, 1), context - 1, device=device)
-    visible = torch.ones((rows, 1, 1, context), dtype=torch.bool, device=device)
-
-    def step() -> torch.Tensor:
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(context - 1)
-        output = policy.model(
-            input_ids=ids, attention_mask=visible, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        return output.logits[:, -1].argmax(dim=-1)
-
-    return step
+def eager_step(policy: Policy, rows: int, context: int) -> Callable[[], Any]:
+    """A step as in a rollout: sampling, looking for stops, and the forward as Python calls it."""
+    return writer_of(policy, rows, context, None).advance
 
 
 def graph_step(policy: Policy, rows: int, context: int) -> Callable[[], Any]:
-    """`static_step`, recorded once as a CUDA graph and replayed without Python; on a CPU, as it is."""
-    step = static_step(policy, rows, context)
-    if policy.device.type != "cuda":
-        return step
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    """A step as in a rollout, its forward repeated as a CUDA graph."""
+    return writer_of(policy, rows, context, recording(policy)).advance
+
+
+def forward_step(policy: Policy, rows: int, context: int) -> Callable[[], Any]:
+    """The recorded forward alone: what is left of a step when the writer around it costs nothing."""
+    writer = writer_of(policy, rows, context, recording(policy))
+    writer.advance()
+    return next(iter(writer.recorded.steps.values()))
+
+
+def recording(policy: Policy) -> Record:
+    return cuda_graph if policy.device.type == "cuda" else lambda step: step
 
 
 # Training steps
@@ -270,7 +253,8 @@ class ScriptedRollouts:
                 return torch.tensor(scripted, device=ids.device), logprobs
 
             capacity = max(group_size, min(profile.rollout_rows, rows))
-            writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature)
+            record = recording(policy) if profile.cuda_graphs else None
+            writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature, record)
             options = {"group_size": group_size, "seed": seed, "writer": writer}
             unpack = profile.sampling_weights == "dequantized"  # left to the caller who brings a writer
             with plain_weights(policy.model) if unpack else nullcontext():
@@ -349,7 +333,7 @@ def _training_result(profile: Profile, scripted: ScriptedRollouts, rollouts: flo
     predicted["training"] = always + sum(plan.training.values())
     memory = {phase: _beside(predicted[phase], scripted.peaks[phase]) for phase in predicted}
     step, settings = rollouts + training, ("questions_per_step", "group_size", "rollout_rows", "micro_batch_tokens")
-    return {key: getattr(profile, key) for key in settings} | {
+    return {key: getattr(profile, key) for key in (*settings, "sampling_weights", "cuda_graphs")} | {
         "trajectory_tokens": [min(lengths), max(lengths)],
         "predicted_peak_gb": plan.peak / GB,
         "memory": memory,
@@ -383,45 +367,62 @@ def gpu(device: torch.device) -> dict[str, Any]:
     return found | {"gpu_total_gb": total / GB, "gpu_taken_before_gb": own / GB}
 
 
-def measure(sizes: Sizes, device: torch.device, minutes: float, save: Callable[[dict], Any]) -> dict[str, Any]:
-    """All parts, the most asked for first; those for which the time has run out are named and left out."""
+def parts_of(sizes: Sizes, moved: float, say: Callable[[str], Any]) -> dict[str, dict[str, Callable[[str], Any]]]:
+    """By model and by name, what to run on the model's folder; the most asked for first."""
+    one, short = "qwen2.5-3b-4bit", {"max_response_tokens": 32, "max_prompt_tokens": 4000}
+    # 32 rows at once: as many whole groups as are predicted under 15.5 GB
+    full = {"questions_per_step": 5, "group_size": 8, "rollout_rows": 32, "cuda_graphs": True}
+
+    def step(folder: str) -> list[dict]:
+        return training(profile_for(one, folder, sizes, **full), sizes.micro_batches, sizes.searches, say)
+
+    def memory_of(name: str, folder: str) -> list[dict]:
+        profile = profile_for(name, folder, sizes, **short)
+        return training(profile, (profile.micro_batch_tokens,), 1, say)
+
+    named = {name: {f"memory of {name}": partial(memory_of, name)} for name in CARDS}
+    decode = {"decoding": lambda folder: decoding(profile_for(one, folder, sizes), sizes, moved, say)}
+    return {
+        "Qwen/Qwen2.5-3B": {"step of 5 x 8": step} | decode | named[one] | named[f"{one}-24gb"],
+        "Qwen/Qwen2.5-0.5B": named["qwen2.5-0.5b"],
+        "Qwen/Qwen2.5-7B": named["qwen2.5-7b-4bit"],
+    }
+
+
+def measure(
+    sizes: Sizes, device: torch.device, minutes: float, only: str, save: Callable[[dict], Any]
+) -> dict[str, Any]:
+    """The parts whose names hold `only`; those for which the time has run out are named and left out."""
     start = time.perf_counter()
 
     def say(text: str) -> None:
         print(f"{time.perf_counter() - start:5.0f} s  {text}", flush=True)
 
-    def done(part: str, run: Callable[[], Any]) -> None:
-        if time.perf_counter() - start > minutes * 60:
-            result["left_out"].append(part)
-            return say(f"{part}: left out, the {minutes:g} minutes are over")
-        result[part] = attempt(result, part, run)
-        peak_memory(device)
-        save(copy.deepcopy(result))
-
     moved = bandwidth(device, sizes.copied)
     result: dict[str, Any] = {**gpu(device), "bandwidth_gb_per_second": moved / GB, "published": PUBLISHED}
-    result |= {"left_out": []}
+    result["left_out"] = []
     say(f"bandwidth {moved / GB:.0f} GB/s")
-    one, short = "qwen2.5-3b-4bit", {"max_response_tokens": 32, "max_prompt_tokens": 4000}
-    with model_folder("Qwen/Qwen2.5-3B", sizes, device) as folder:
-        full = {"questions_per_step": 5, "group_size": 8, "rollout_rows": 32}  # as many as are predicted under 15.5 GB
-        profile = profile_for(one, folder, sizes, **full)
-        done("step of 5 x 8", partial(training, profile, sizes.micro_batches, sizes.searches, say))
-        done("decoding", partial(decoding, profile, sizes, moved, say))
-        for name in (one, f"{one}-24gb"):
-            own = profile_for(name, folder, sizes, **short)
-            done(f"memory of {name}", partial(training, own, (own.micro_batch_tokens,), 1, say))
-    for model, name in (("Qwen/Qwen2.5-0.5B", "qwen2.5-0.5b"), ("Qwen/Qwen2.5-7B", "qwen2.5-7b-4bit")):
-        with model_folder(model, sizes, device) as folder:
-            own = profile_for(name, folder, sizes, **short)
-            done(f"memory of {name}", partial(training, own, (own.micro_batch_tokens,), 1, say))
+    for model, parts in parts_of(sizes, moved, say).items():
+        parts = {name: run for name, run in parts.items() if only in name}
+        with ExitStack() as stack:
+            folder = ""
+            for name, run in parts.items():
+                if time.perf_counter() - start > minutes * 60:
+                    result["left_out"].append(name)
+                    say(f"{name}: left out, the {minutes:g} minutes are over")
+                    continue
+                folder = folder or stack.enter_context(model_folder(model, sizes, device))
+                result[name] = attempt(result, name, partial(run, folder))
+                peak_memory(device)
+                save(copy.deepcopy(result))
     return result
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "data/results/benchmarks/gpu.json")
-    parser.add_argument("--minutes", type=float, default=8.0, help="no part begins after these")
+    parser.add_argument("--minutes", type=float, default=7.5, help="no part begins after these")
+    parser.add_argument("--only", default="", help="parts whose names hold this text, e.g. 7b")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, to see that every line runs")
     given = parser.parse_args(arguments)
     if not (given.dry_run or torch.cuda.is_available()):
@@ -429,9 +430,9 @@ def main(arguments: list[str] | None = None) -> None:
     if given.dry_run and given.out == parser.get_default("out"):
         parser.error("a dry run measures nothing: give --out a file of its own")
     warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name in transformers
-    device = torch.device("cpu" if given.dry_run else "cuda")
+    sizes, device = (DRY, torch.device("cpu")) if given.dry_run else (Sizes(), torch.device("cuda"))
     about = provenance(["torch", "transformers", "trl", "peft", "bitsandbytes"]) | {"dry_run": given.dry_run}
-    measure(DRY if given.dry_run else Sizes(), device, given.minutes, lambda r: write_json(given.out, about | r))
+    measure(sizes, device, given.minutes, given.only, lambda result: write_json(given.out, about | result))
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ def _rollout(profile: Profile, shape: Shape) -> dict[str, float]:
     attention = width * (2 * read_rows * entries * shape.query + tokens * (entries + 4 * shape.hidden))
     return {
         "key-value cache": rows * entries * cache_bytes_per_token(profile, shape),
+        "adapter for autocast": shape.adapter * width * (width < 4),
         "plain copy of the weights": sum(shape.linear) * width * copied,
         "one 4-bit layer unpacked": max(shape.linear) * width * (packed and not copied),
         "reading or sampling": max(mlp, attention, rows * shape.vocabulary * SAMPLING),

@@ -544,7 +544,7 @@ def test_the_cache_grows_rarely_and_keeps_what_it_holds():
         grown.add(cache.entries)
         assert cache.entries > place + 1 - (cache.entries == 0)
     assert keys[0, 0, :, 0].tolist() == list(range(700)) and torch.equal(values, -keys)
-    assert len(grown) <= 7
+    assert len(grown) == 3
     cache.move([1, 0], [0, 1], 700)
     assert cache.keys[0][0, 0, :700, 0].tolist() == list(range(700)) and not cache.keys[0][1].any()
 

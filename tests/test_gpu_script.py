@@ -35,15 +35,16 @@ def test_a_dry_run_goes_through_every_part(tmp_path):
         assert one["projected_hours_of_the_paper's_run"] == pytest.approx(hours)
     assert [one["weights"] for one in result["decoding"]] == ["quantized", "dequantized"]
     for one in result["decoding"]:
-        assert one["engine_over_floor"] == pytest.approx(one["engine_ms"] / one["floor_ms"])
+        assert one["graph_over_floor"] == pytest.approx(one["graph_ms"] / one["floor_ms"])
     assert result["decoding"][0]["floor_ms"] < result["decoding"][1]["floor_ms"]
 
 
 def test_what_there_is_no_time_for_is_named(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "training", lambda *_: pytest.fail("no time for it"))
     saved = []
-    result = gpu.measure(gpu.DRY, gpu.torch.device("cpu"), 0.0, saved.append)
+    result = gpu.measure(gpu.DRY, gpu.torch.device("cpu"), 0.0, "", saved.append)
     assert result["left_out"] == PARTS and saved == []
+    assert gpu.measure(gpu.DRY, gpu.torch.device("cpu"), 0.0, "7b", saved.append)["left_out"] == PARTS[-1:]
     assert "left out, the 0 minutes are over" in capsys.readouterr().out
 
 

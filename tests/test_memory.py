@@ -1,10 +1,13 @@
 """The memory plan: hand-computed figures, and what torch really holds on a small model of the same make."""
 
+import re
 import sys
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,9 +17,11 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
 
 from searchr1_lite import memory
-from searchr1_lite.config import ROOT, ConfigError, load_profile
+from searchr1_lite.config import PROFILES, ROOT, ConfigError, load_profile
 from searchr1_lite.memory import check_memory, main, memory_plan, model_shape, nf4_bytes
-from searchr1_lite.rollout.policy import load_policy
+from searchr1_lite.rollout import decoding
+from searchr1_lite.rollout.policy import Policy, load_policy
+from searchr1_lite.rollout.weights import plain_weights
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from memory import CARDS, model_config, predicted  # benchmarks/memory.py
@@ -147,6 +152,26 @@ def test_the_activations_of_forward_and_backward(small, autocast, monkeypatch, q
     assert sum(parts.values()) == pytest.approx(living.peak, rel=0.15)
 
 
+@pytest.mark.parametrize("sampling", ["quantized", "dequantized"])
+def test_the_peak_of_a_rollout(small, autocast, monkeypatch, tokenizer, sampling):
+    """Prompts and observations that are read together by rows that fill their slots, then a sampled token each."""
+    monkeypatch.setattr(decoding, "READ_TOKENS", 512)
+    monkeypatch.setattr(memory, "READ_TOKENS", 512)
+    settings = {"max_prompt_tokens": 460, "max_response_tokens": 32, "max_observation_tokens": 32}
+    profile = small(sampling_weights=sampling, rollout_rows=16, max_context_tokens=500, **settings)
+    policy = Policy(with_adapter(profile).eval(), tokenizer, torch.device("cpu"), "nf4")
+    weights = plain_weights(policy.model) if sampling == "dequantized" else nullcontext()
+    with Living(policy.model) as living, torch.no_grad(), autocast(profile), weights:
+        writer = decoding.LocalWriter(policy, 16, max_tokens=2)
+        writer.open(range(16), [5] * 450, [np.random.default_rng(row) for row in range(16)])
+        while not (ended := writer.advance()):
+            pass
+        for row, *_ in ended:
+            writer.read(row, [5] * 32)
+        writer.advance()
+    assert sum(memory_plan(profile).rollout.values()) == pytest.approx(living.peak, rel=0.15)
+
+
 def test_the_bytes_of_weights_adapter_and_optimizer(small):
     profile = small()
     model = with_adapter(profile)
@@ -215,6 +240,14 @@ def test_every_profile_fits_its_card_with_room_to_spare(name):
     assert predicted(name)[0]["peak"] < CARDS[name] - 0.5
 
 
+@pytest.mark.parametrize("name", CARDS)
+def test_the_figures_in_the_comments_of_a_profile_are_those_of_the_plan(name):
+    text, found = (PROFILES / f"{name}.yaml").read_text(encoding="utf-8"), predicted(name)[0]
+    training = sum(found["always"].values()) + sum(found["training"].values())
+    assert re.search(r"^rollout_rows.*memory: ([\d.]+) GB", text, re.M)[1] == f"{found['peak']:.1f}"
+    assert re.search(r"^micro_batch_tokens.*training ([\d.]+) GB", text, re.M)[1] == f"{training:.1f}"
+
+
 SETTINGS = ["rollout_rows", "micro_batch_tokens", "max_context_tokens", "lora_r"]
 
 
@@ -231,18 +264,18 @@ def test_what_cannot_fit_is_refused_with_the_values_that_would(real):
     profile, _ = real
     check_memory(profile, free=15 * 10**9)
     with pytest.raises(ConfigError) as raised:
-        check_memory(profile, free=12_500_000_000)
+        check_memory(profile, free=12_600_000_000)
     message = str(raised.value)
-    assert "needs 14.0 GB of GPU memory at its peak, and 12.5 GB are free" in message
+    assert "needs 14.1 GB of GPU memory at its peak, and 12.6 GB are free" in message
     assert "the largest part is plain copy of the weights (5.5 GB)" in message
-    # a row is 4,160 x 36 KiB = 0.1534 GB: 13.99 - 10 x 0.1534 = 12.46; 256 tokens of 30 rows are 0.2831 GB, and
+    # a row is 4,160 x 36 KiB = 0.1534 GB: 14.05 - 10 x 0.1534 = 12.52; 256 tokens of 30 rows are 0.2831 GB, and
     # five times that is not enough
     assert "It would fit with rollout_rows=20 or max_context_tokens=2560 or sampling_weights=quantized" in message
     assert "micro_batch_tokens" not in message  # the rollout is what does not fit
     for setting in message.partition("fit with ")[2].split(" or "):
         name, value = setting.split("=")
         value = value if name == "sampling_weights" else int(value)
-        check_memory(profile.model_copy(update={name: value}), free=12_500_000_000)
+        check_memory(profile.model_copy(update={name: value}), free=12_600_000_000)
 
 
 def test_a_training_step_that_cannot_fit_and_a_hopeless_case(real):

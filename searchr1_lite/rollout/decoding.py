@@ -19,7 +19,7 @@ from searchr1_lite.rollout.protocol import CLOSING_TAGS
 Pick = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, torch.Tensor]]
 Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 READ_TOKENS = 8192  # tokens of prompts or observations in one forward, at most; a longer one goes alone
-ENTRIES = 64  # the cache grows by whole multiples of it
+ENTRIES = 256  # the cache grows by as many at a time
 
 
 class LocalWriter:
@@ -280,11 +280,10 @@ class _Cache(Cache):
         return tuple(shown)
 
     def reach(self, width: int) -> None:
-        """Room for `width` entries and a last one for padding; growing by half again keeps copies rare."""
+        """Room for `width` entries and a last one for padding."""
         if width < self.entries:
             return
-        more = max(width + 1, self.entries * 3 // 2)
-        more = -(-more // ENTRIES) * ENTRIES
+        more = -(-(width + 1) // ENTRIES) * ENTRIES
         for store in (self.keys, self.values):
             for layer, old in enumerate(store):
                 store[layer] = torch.nn.functional.pad(old, (0, 0, 0, more - self.entries))
@@ -302,7 +301,7 @@ class _Cache(Cache):
 class _Recorded:
     """Steps of fixed shape, each recorded once and then repeated without Python in between.
 
-    Rows are rounded up to a multiple of 8 and entries to one of 256, so few recordings serve a rollout. A row too
+    Rows are rounded up to a multiple of 8 and entries to one of ENTRIES, so few recordings serve a rollout. A row too
     many reads padding into its slot's last entry, which nothing looks at. When the cache grows, recordings are made
     anew. `record` takes a step and gives what repeats it, returning the same tensor (n, vocabulary) filled again.
     """
@@ -314,7 +313,10 @@ class _Recorded:
 
     def step(self, tokens: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         n, entries = len(tokens), self.cache.entries
-        rows, width = min(-(-n // 8) * 8, self.cache.slots), min(-(-(int(lengths.max()) + 1) // 256) * 256, entries)
+        rows, width = (
+            min(-(-n // 8) * 8, self.cache.slots),
+            min(-(-(int(lengths.max()) + 1) // ENTRIES) * ENTRIES, entries),
+        )
         inputs = np.zeros((3, rows, 1), dtype=np.int64)  # ids, positions, places
         inputs[2] = entries - 1
         inputs[:, :n, 0] = tokens, lengths, lengths

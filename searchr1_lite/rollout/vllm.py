@@ -1,15 +1,17 @@
 """Writing by a vLLM server: an optional backend, in a process of its own, that nothing here imports.
 
 The base is served in bfloat16 and the adapter beside it, as a LoRA request of its own name for every version: it is
-never merged, and never replaced in place. Install vLLM 0.22 to 0.31 where the server shall run (the extra `vllm` of
-this package), start it, and set `sampler: vllm`, and `vllm_url` where it is not this machine's port 8000:
+never merged, and never replaced in place. Install vLLM 0.22 to 0.31 in an environment of its own, since it pins what
+we pin otherwise (0.31 wants transformers below 5.18), start it, and set `sampler: vllm`, and `vllm_url` where it is not
+this machine's port 8000:
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve Qwen/Qwen2.5-3B --dtype bfloat16 --max-model-len 4096 \\
       --enable-lora --max-lora-rank 16 --enable-prefix-caching --logprobs-mode processed_logprobs
 
-The server must see the folder that adapters are saved in. Every turn of every row is a request with all ids so far:
-vLLM batches the requests and finds what it has read in its prefix cache. What it samples is not quite what the learner
-would have; training/correction.py weighs that. Left out: starting the server, keys, and merging into its weights.
+with `--max-loras 2` for two training processes, which load an adapter each. The server must see the folder that
+adapters are saved in. Every turn of every row is a request with all ids so far: vLLM batches the requests and finds
+what it has read in its prefix cache. What it samples is not quite what the learner would have; training/correction.py
+weighs that. Left out: starting the server, keys, and merging into its weights. No run with a real server was made yet.
 """
 
 import json
