@@ -130,7 +130,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, help=f"default {OUT.relative_to(ROOT)}")
     given = parser.parse_args(argv)
     warnings.simplefilter("ignore")
-    shape, longest, rounds = ({}, 300, 2) if given.quick else (SHAPE, 600, 5)
+    shape, longest, rounds = ({}, 300, 2) if given.quick else (SHAPE, 400, 5)
     profile = load_profile("tiny", quantization="none", questions_per_step=4, group_size=4, entropy_coef=0.0)
     trajectories = make_trajectories(profile, longest, seed=0)
     lengths = [len(one.prompt_ids) + len(one.completion_ids) for one in trajectories]
