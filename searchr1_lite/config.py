@@ -58,7 +58,7 @@ class Profile(BaseModel):
     rollout_rows: Positive  # trajectories written at the same time, in training and evaluation; the others wait
     sampling_weights: Literal["quantized", "dequantized"] = "dequantized"  # a 4-bit base while it writes
     cuda_graphs: bool = False  # on a GPU, repeat recorded steps instead of running Python for each token
-    sampler: Literal["local", "vllm"] = "local"  # what writes: this process, or a vLLM server (rollout/vllm.py)
+    sampler: Literal["local", "vllm"] = "local"  # what writes while training: see rollout/vllm.py
     vllm_url: str = "http://127.0.0.1:8000"
 
     # Learning
@@ -94,6 +94,8 @@ class Profile(BaseModel):
                 f"questions_per_step x group_size = {rollouts} must be a multiple of "
                 f"updates_per_rollout = {self.updates_per_rollout}"
             )
+        if self.rollout_rows < self.group_size:
+            raise ValueError(f"rollout_rows = {self.rollout_rows} leaves no room for a group of {self.group_size}")
         least = self.max_prompt_tokens + self.max_response_tokens
         if self.max_context_tokens < least:
             raise ValueError(

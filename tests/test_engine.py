@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from searchr1_lite.config import ConfigError
 from searchr1_lite.rollout.decoding import LocalWriter, Stops, _Cache
 from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError, _Searches, rollout
@@ -379,6 +380,12 @@ def test_prompt_too_long_names_the_question(policy, retriever, profile):
     questions = [QUESTIONS[0], Question("far-too-long", "why " * 900, ("x",))]
     with pytest.raises(PromptTooLongError, match=r"far-too-long.*max_prompt_tokens = 1000"):
         rollout(policy, questions, retriever, profile)
+
+
+def test_a_group_needs_room(policy, retriever, profile):
+    few = profile.model_copy(update={"rollout_rows": 2})
+    with pytest.raises(ConfigError, match="rollout_rows = 2 leaves no room for a group of 3"):
+        rollout(policy, QUESTIONS, retriever, few, group_size=3)
 
 
 class Broken:

@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from searchr1_lite.config import Profile
+from searchr1_lite.config import ConfigError, Profile
 from searchr1_lite.rollout.decoding import LocalWriter, cuda_graph, decode
 from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.policy import Policy
@@ -82,7 +82,7 @@ def rollout(
     the question's id and the copy's number, so what it writes does not depend on the rows beside it (but for
     rounding). `logprobs` are at that temperature. Greedy takes the likeliest token; its `logprobs` are at 1.
     `done` gets each trajectory, in order, as soon as it and all before it are ready.
-    Raises PromptTooLongError and RetrievalError.
+    Raises PromptTooLongError, RetrievalError, and ConfigError where not even one group has room.
     """
     if not questions:
         return []
@@ -93,10 +93,12 @@ def rollout(
     if writer is None:
         if profile.sampling_weights == "dequantized":
             weights = plain_weights(policy.model)
-        capacity = max(group_size, min(profile.rollout_rows, len(rows)))
+        capacity = min(profile.rollout_rows, len(rows))
         pick = likeliest if greedy else None
         record = cuda_graph if profile.cuda_graphs and policy.device.type == "cuda" else None
         writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature, record)
+    if writer.capacity < group_size:
+        raise ConfigError(f"rollout_rows = {writer.capacity} leaves no room for a group of {group_size} rows")
     was_training = policy.model.training
     policy.model.eval()  # no dropout; and in training mode gradient checkpointing silently drops the cache
     try:
