@@ -130,8 +130,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--out", type=Path, help=f"default {OUT.relative_to(ROOT)}")
     given = parser.parse_args(argv)
     warnings.simplefilter("ignore")
-    shape, longest, rounds = ({}, 300, 2) if given.quick else (SHAPE, 400, 5)
-    profile = load_profile("tiny", quantization="none", questions_per_step=4, group_size=4, entropy_coef=0.0)
+    shape, longest, rounds = ({}, 200, 2) if given.quick else (SHAPE, 240, 5)
+    profile = load_profile("tiny", quantization="none", questions_per_step=4, group_size=8, entropy_coef=0.0)
     trajectories = make_trajectories(profile, longest, seed=0)
     lengths = [len(one.prompt_ids) + len(one.completion_ids) for one in trajectories]
     width = max(len(one.prompt_ids) for one in trajectories) + max(len(one.completion_ids) for one in trajectories)
