@@ -19,13 +19,14 @@ from searchr1_lite.retrieval.encoders import EncoderError
 from searchr1_lite.retrieval.manifest import IndexMismatchError
 from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError
 from searchr1_lite.rollout.policy import PolicyError
+from searchr1_lite.rollout.vllm import VLLMError
 from searchr1_lite.tasks.questions import QuestionError
 from searchr1_lite.training.checkpoints import RunFolderError
 from searchr1_lite.training.grpo import MemoryFullError, train
 
 # What a user can put right; a message says it, and a traceback would hide it. Anything else is a fault of ours.
 ERRORS = (ConfigError, QuestionError, CorpusError, EncoderError, IndexMismatchError, PolicyError, RunFolderError)
-ERRORS += (PromptTooLongError, RetrievalError, MemoryFullError)
+ERRORS += (PromptTooLongError, RetrievalError, MemoryFullError, VLLMError)
 
 
 def setting(text: str) -> tuple[str, object]:

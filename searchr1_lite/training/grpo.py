@@ -3,7 +3,7 @@
 TRL's GRPOTrainer computes advantages, KL, the clipped loss and the optimizer's steps (objective.py has the same loss
 to read); `rollout_func` is the door through which trajectories and their loss mask come in. A step is one batch of
 rollouts and the `updates_per_rollout` optimizer updates made from it. Started by `accelerate launch`, every process
-works on its share of the questions, to the same result. Leaves out: vLLM, PPO, processes without a common disk, and
+works on its share of the questions, to the same result. Leaves out: PPO, processes without a common disk, and
 merging the adapter into the 4-bit base, which corrupts it.
 """
 
@@ -29,13 +29,16 @@ from trl import GRPOConfig, GRPOTrainer
 from searchr1_lite.config import ConfigError, Profile, save_config
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate, summarise
 from searchr1_lite.jsonl import write_json
+from searchr1_lite.memory import check_memory
 from searchr1_lite.retrieval.build import load_retriever
 from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy, choose_device, load_policy, load_skeleton
 from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollout.vllm import VLLMWriter
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.training import checkpoints
+from searchr1_lite.training.correction import correct_for_sampler
 from searchr1_lite.training.recording import Recorder, append_trajectories, environment
 from searchr1_lite.training.rewards import trajectory_reward
 from searchr1_lite.types import Question, Retriever
@@ -92,6 +95,7 @@ def train(
     check_processes(profile, len(eval_questions), process.num_processes)
     if policy is None:
         check_settings(profile)
+        check_memory(profile)
     order = question_order(questions, profile)
     checkpoint = checkpoints.latest_checkpoint(run_folder)
     process.wait_for_everyone()  # all have read the folder; from here on the main process alone writes to it
@@ -210,6 +214,8 @@ def build_trainer(
             callbacks=[recorder],
         )
     trainer.settings = profile
+    if profile.sampler == "vllm":
+        correct_for_sampler(trainer)
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL casts them to bfloat16 on a 4-bit base, where small updates are lost
@@ -380,12 +386,15 @@ def make_rollout_func(
 ) -> Callable[[list[str], GRPOTrainer], dict[str, list]]:
     """TRL's rollout function. Its prompts are question ids, each `group_size` times in a row."""
     by_id = {question.id: question for question in order}
+    server = VLLMWriter(policy, profile) if profile.sampler == "vllm" else None
 
     def rollout_func(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         asked = [by_id[prompt] for prompt in prompts[:: profile.group_size]]
         step = trainer.state.global_step // profile.updates_per_rollout
         seed = profile.seed * 1_000_003 + step  # of this step alone: a run that goes on samples the same
         start = time.perf_counter()
+        if server:
+            server.load_adapter(trainer.model, recorder.run_folder / "checkpoints/served", step)
         memory = memory_for("rollout", profile, "rollout_rows", "max_context_tokens")
         with memory, torch.no_grad(), trainer.accelerator.autocast():
             trajectories = rollout(
@@ -395,6 +404,7 @@ def make_rollout_func(
                 profile,
                 group_size=profile.group_size,
                 seed=seed,
+                writer=server,
             )
         set_seed(seed)  # what follows (order of rows, dropout) depends on the step alone as well
         rewards = [_reward(trajectory, profile) for trajectory in trajectories]
@@ -413,6 +423,7 @@ def _reward(trajectory: Trajectory, profile: Profile) -> float:
 def trl_columns(trajectories: Sequence[Trajectory], masked: bool, eos: int) -> dict[str, list[list]]:
     """Trajectories as TRL takes them: ids, log-probabilities and `env_mask`, 1 where a token is learned from.
 
+    A token that was not sampled has None for its log-probability: nothing is corrected there (correction.py).
     Unmasked, retrieved and inserted tokens are learned from too. An answer gets an end token, so that TRL does not
     take it for cut off; nobody wrote that token and its mask is 0 in either case.
     """
@@ -422,7 +433,8 @@ def trl_columns(trajectories: Sequence[Trajectory], masked: bool, eos: int) -> d
         mask = list(trajectory.loss_mask) if masked else [1] * len(trajectory.completion_ids)
         columns["prompt_ids"].append(list(trajectory.prompt_ids))
         columns["completion_ids"].append([*trajectory.completion_ids, *[eos] * end])
-        columns["logprobs"].append([*trajectory.logprobs, *[0.0] * end])
+        sampled = zip(trajectory.logprobs, trajectory.loss_mask, strict=True)
+        columns["logprobs"].append([*(one if own else None for one, own in sampled), *[None] * end])
         columns["env_mask"].append([*mask, *[0] * end])
     # TRL pads a mask that is too short with 1, in silence.
     for ids, logprobs, mask in zip(*list(columns.values())[1:], strict=True):
