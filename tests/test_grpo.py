@@ -61,7 +61,7 @@ def forge(monkeypatch):
     """Rollouts are made up, so that the loss can be computed beside the trainer; they are left in the list."""
     made = []
 
-    def rollout(policy, questions, retriever, profile, *, group_size, seed):
+    def rollout(policy, questions, retriever, profile, *, group_size, seed, writer):
         generator = random.Random(1)
         made.extend(forged(question, generator) for question in questions for _ in range(group_size))
         return list(made)

@@ -29,6 +29,7 @@ from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import INVALID_ACTION, encode_observation, render_observation
 from searchr1_lite.rollout.vllm import VLLMError, VLLMWriter
+from searchr1_lite.training import grpo
 from searchr1_lite.types import Question
 
 QUESTIONS = [
@@ -545,3 +546,26 @@ def test_a_group_always_fits(stub, policy, profile, retriever):
     profile = served(profile, stub, rollout_rows=1, group_size=3)
     trajectories = rollout(policy, QUESTIONS[:1], retriever, profile, group_size=3, writer=VLLMWriter(policy, profile))
     assert len(trajectories) == 3
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_training_samples_from_the_server_and_weighs_what_it_sampled(
+    stub, policy, profile, retriever, tmp_path, monkeypatch, masked
+):
+    """Each step is sampled with that step's adapter: the learner finds its own log-probabilities again."""
+    monkeypatch.setattr(grpo, "trajectory_reward", lambda trajectory, *_: sum(trajectory.completion_ids) % 7 / 7)
+    settings = {"steps": 3, "questions_per_step": 2, "masked": masked, "learning_rate": 0.01, "lora_r": 4}
+    profile = served(profile, stub, max_turns=1, **settings)
+    learner = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.device)
+    order = grpo.question_order(QUESTIONS, profile)
+    trainer = grpo.build_trainer(profile, tmp_path, learner, order, retriever, progress=lambda line: None)
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert [entry["sampling/sampling_logp_difference/max"] < 1e-4 for entry in steps] == [True] * 3
+    assert all(entry["grad_norm"] > 0 for entry in steps)
+    loaded = [name.split("-")[1] for what, name in stub.loads if what == "load"]
+    assert loaded == ["0", "1", "2"]
+    asked = [body["model"] for path, body in stub.asked if path == "/v1/completions"]
+    assert {name.split("-")[1] for name in asked if name != "stub/base"} == {"0", "1", "2"}
+    # the third adapter is not the first: sampled with that one, the learner would have found other values
+    assert any(parameter.abs().max() > 0 for name, parameter in trainer.model.named_parameters() if "lora_B" in name)
