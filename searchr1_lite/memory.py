@@ -17,7 +17,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from searchr1_lite.config import ConfigError, Profile, load_profile
-from searchr1_lite.rollout.decoding import ENTRIES, READ_TOKENS
+from searchr1_lite.rollout.decoding import ENTRIES, READ_ENTRIES, READ_TOKENS
 from searchr1_lite.rollout.policy import PolicyError, load_skeleton
 
 GB = 1e9
@@ -122,9 +122,9 @@ def _rollout(profile: Profile, shape: Shape) -> dict[str, float]:
     # Reading observations: in the MLP the gate and three results on the way up (base, LoRA, sum); in attention keys
     # and values repeated for every query head, which a mask asks for (transformers/integrations/sdpa_attention.py).
     tokens = min(READ_TOKENS, rows * profile.max_context_tokens)
-    read_rows = min(rows, -(-tokens // profile.max_observation_tokens))
+    seen = min(rows * entries, max(READ_ENTRIES, entries))
     mlp = tokens * width * (4 * shape.intermediate + 3 * shape.hidden)
-    attention = width * (2 * read_rows * entries * shape.query + tokens * (entries + 4 * shape.hidden))
+    attention = width * (2 * seen * shape.query + tokens * (entries + 4 * shape.hidden))
     return {
         "key-value cache": rows * entries * cache_bytes_per_token(profile, shape),
         "adapter for autocast": shape.adapter * width * (width < 4),

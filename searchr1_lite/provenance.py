@@ -31,6 +31,8 @@ def command() -> str:
     name = program.name
     if program.is_relative_to(ROOT / "searchr1_lite"):
         name = "python -m " + ".".join(program.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    elif program.is_relative_to(ROOT / "benchmarks"):
+        name = f"python {program.relative_to(ROOT).as_posix()}"
     return " ".join([name, *map(_as_typed_from_root, sys.argv[1:])])
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from searchr1_lite.config import ConfigError
-from searchr1_lite.rollout.decoding import LocalWriter, Stops, _Cache
+from searchr1_lite.rollout.decoding import LocalWriter, Stops, _alike, _Cache
 from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError, _Searches, rollout
 from searchr1_lite.rollout.policy import Policy
@@ -523,6 +523,16 @@ def test_every_token_is_read_once_and_no_other_row_is_computed(tokenizer, retrie
     # in forwards of one token a row, every token that was written but each turn's last
     turns = sum(len(one.turns) for one in trajectories)
     assert sum(written) == sum(one.response_length for one in trajectories) - turns
+
+
+def test_what_is_read_together_pads_little_and_is_bounded():
+    texts = {row: [0] * length for row, length in enumerate([10, 12, 13, 100, 110, 4000, 4100, 9000])}
+    fresh = dict.fromkeys(texts, 0)
+    assert list(_alike(list(texts), texts, fresh)) == [[0, 1, 2], [3, 4], [5], [6], [7]]
+    assert list(_alike(list(texts), texts, fresh | {1: 40_000})) == [[0], [1], [2], [3, 4], [5], [6], [7]]
+    many = {row: [0] * 10 for row in range(900)}
+    parts = list(_alike(list(many), many, dict.fromkeys(many, 0)))
+    assert [len(part) for part in parts] == [819, 81]  # 8,192 tokens
 
 
 def test_few_steps_are_recorded_and_repeated(tokenizer, retriever, profile):

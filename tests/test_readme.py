@@ -6,7 +6,7 @@ import re
 import pytest
 
 from searchr1_lite.analysis.summary import markdown_table
-from searchr1_lite.config import ROOT
+from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.pretraining.transcripts import HABITS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -46,3 +46,27 @@ def test_the_habits_quoted_are_those_pretrained_on():
         "malformed": "{} % break their tags",
     }.items():
         assert words.format(round(100 * HABITS[habit])) in README, habit
+
+
+def results(name: str) -> dict:
+    return json.loads((ROOT / f"data/results/benchmarks/{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_memory_quoted_is_that_of_the_record_and_of_the_plan_today():
+    for name, parts in results("memory")["profiles"].items():
+        sums = [sum(parts[phase].values()) for phase in ("always", "rollout", "training")]
+        figures = " | ".join(f"{value:.1f}" for value in [*sums, parts["peak"]])
+        assert f"| `{name}` | {parts['card']} GB | {figures} |" in README
+        assert parts["peak"] < parts["card"] - 0.5
+        profile = load_profile(name)
+        for setting in ("rollout_rows", "max_context_tokens", "micro_batch_tokens", "sampling_weights"):
+            assert parts[setting] == getattr(profile, setting), "make memory.json again"
+
+
+def test_the_speed_quoted_is_that_of_the_record():
+    for name, engine in results("rollout")["engines"].items():
+        if name != "ours":
+            ratio = engine["times_as_long_as_ours"]
+            assert f"{ratio['median']:.1f} ({ratio['least']:.1f} to {ratio['most']:.1f})" in README, name
+    step = results("training_step")["ratio"]
+    assert f"{1 / step['median']:.2f}" in README

@@ -18,7 +18,8 @@ import yaml
 from searchr1_lite.jsonl import read_rows
 
 # Settings in which runs that are averaged may differ: those under study, and those that change no number.
-MAY_DIFFER = {"name", "seed", "masked", "steps", "device", "save_every", "save_trajectories_every", "eval_batch_size"}
+MAY_DIFFER = {"name", "seed", "masked", "steps", "device", "save_every", "save_trajectories_every"}
+MAY_DIFFER |= {"rollout_rows", "micro_batch_tokens", "cuda_graphs"}
 
 
 class RunError(ValueError):

@@ -19,6 +19,7 @@ from searchr1_lite.rollout.protocol import CLOSING_TAGS
 Pick = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, torch.Tensor]]
 Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 READ_TOKENS = 8192  # tokens of prompts or observations in one forward, at most; a longer one goes alone
+READ_ENTRIES = 2**16  # and entries that it sees, rows times the longest: keys and values are repeated for query heads
 ENTRIES = 256  # the cache grows by as many at a time
 
 
@@ -140,7 +141,8 @@ class LocalWriter:
         order = [*sorted(leaders, key=lambda row: len(texts[row])), *sorted(self.chunks, key=lambda r: len(texts[r]))]
         self._arrange(self.active, [*order, *copies])
         logits = [] if self.logits is None or not self.active else [self.logits]
-        for part in _alike(order, texts):
+        before = dict(zip(self.slots, self.lengths.tolist(), strict=True))
+        for part in _alike(order, texts, before):
             slot = self.slots.index(part[0])
             logits.append(self._forward(slot, *_left_padded([texts[row] for row in part], self.policy)))
         first = self.active
@@ -231,13 +233,14 @@ def decode(tokenizer, ids: Sequence[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _alike(order: Sequence[int], texts: dict[int, list[int]]) -> Iterator[list[int]]:
-    """Neighbours in `order` in parts that pad little and have at most READ_TOKENS tokens."""
+def _alike(order: Sequence[int], texts: dict[int, list[int]], before: dict[int, int]) -> Iterator[list[int]]:
+    """Neighbours in `order` in parts that pad little and are bounded in memory; `before` is what each row has read."""
     part: list[int] = []
     for row in order:
-        longest = max([len(texts[row]), *(len(texts[other]) for other in part)])
-        shortest = min([len(texts[row]), *(len(texts[other]) for other in part)])
-        if part and (4 * shortest < 3 * longest or longest * (len(part) + 1) > READ_TOKENS):
+        lengths = [len(texts[one]) for one in (*part, row)]
+        entries = max(before[one] + len(texts[one]) for one in (*part, row))
+        pads = 4 * min(lengths) < 3 * max(lengths)
+        if part and (pads or len(lengths) * max(lengths) > READ_TOKENS or len(lengths) * entries > READ_ENTRIES):
             yield part
             part = []
         part.append(row)
