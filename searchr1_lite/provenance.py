@@ -25,7 +25,7 @@ def provenance(libraries: Sequence[str]) -> dict[str, Any]:
 
 def command() -> str:
     """What a person types from the project's root to do this again, without where it lay on this machine."""
-    program = Path(sys.argv[0])
+    program = Path(sys.argv[0]).absolute()
     if "ipykernel" in sys.argv[0]:
         return "a notebook"
     name = program.name
