@@ -16,7 +16,7 @@ import time
 import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -256,9 +256,7 @@ class ScriptedRollouts:
             record = recording(policy) if profile.cuda_graphs else None
             writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature, record)
             options = {"group_size": group_size, "seed": seed, "writer": writer}
-            unpack = profile.sampling_weights == "dequantized"  # left to the caller who brings a writer
-            with plain_weights(policy.model) if unpack else nullcontext():
-                self.kept = rollout(policy, questions, retriever, profile, **options)
+            self.kept = rollout(policy, questions, retriever, profile, **options)
         self.note("rollout", policy.device)
         return self.kept
 

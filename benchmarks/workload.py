@@ -88,7 +88,7 @@ def make_work(
     **settings: int,
 ) -> Work:
     """Questions of the toy world and its BM25; each row searches `searches` times, then answers."""
-    settings = {"max_turns": searches, "rollout_rows": questions * group_size} | settings
+    settings = {"max_turns": searches, "group_size": group_size, "rollout_rows": questions * group_size} | settings
     settings = {"max_context_tokens": policy.model.config.max_position_embeddings} | settings
     profile = load_profile("tiny", quantization="none", max_response_tokens=max_response_tokens, **settings)
     passages = load_corpus("toy")

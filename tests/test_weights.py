@@ -6,6 +6,7 @@ from conftest import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 
 from searchr1_lite.config import load_profile
+from searchr1_lite.rollout import weights
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy, load_policy
 from searchr1_lite.rollout.weights import plain_weights
@@ -55,6 +56,20 @@ def test_the_same_function(tmp_path, quantization, dtype, within):
     assert all(name.endswith("base_layer") == (dtype == "bfloat16") for name in changed)
     assert plain_layers(policy) == []
     assert torch.equal(logits(policy), before)
+
+
+def test_large_matrices_on_a_cpu_are_laid_out_for_few_rows(monkeypatch):
+    """With the threshold out of the way: every linear layer, those with a bias and the tied head too."""
+    monkeypatch.setattr(weights, "LARGE", 1)
+    model, ids = make_model(544), IDS
+    before = model(input_ids=ids).logits
+    with torch.no_grad(), plain_weights(model):
+        assert sum("forward" in vars(module) for module in model.modules()) == 15
+        for rows in (ids, ids[:1], ids[:, :1], ids.repeat(40, 1)):
+            wanted = before[:1] if len(rows) == 1 else before
+            wanted = wanted[:, :1] if rows.shape[1] == 1 else wanted
+            torch.testing.assert_close(model(input_ids=rows).logits[:2], wanted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(input_ids=ids).logits, before)
 
 
 def test_it_follows_the_adapter_and_leaves_training_alone(tmp_path):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -89,21 +89,21 @@ def rollout(
     limit = _context_limit(policy, profile)
     prompts = _encode_prompts(policy, questions, profile, limit)
     rows = [_Row(q, ids) for q, ids in zip(questions, prompts, strict=True) for _ in range(group_size)]
-    weights = nullcontext()
     if writer is None:
-        if profile.sampling_weights == "dequantized":
-            weights = plain_weights(policy.model)
         capacity = min(profile.rollout_rows, len(rows))
         pick = likeliest if greedy else None
         record = cuda_graph if profile.cuda_graphs and policy.device.type == "cuda" else None
         writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature, record)
     if writer.capacity < group_size:
         raise ConfigError(f"rollout_rows = {writer.capacity} leaves no room for a group of {group_size} rows")
+    ours = isinstance(writer, LocalWriter) and profile.sampling_weights == "dequantized"
+    weights = plain_weights(policy.model) if ours else nullcontext()
     was_training = policy.model.training
     policy.model.eval()  # no dropout; and in training mode gradient checkpointing silently drops the cache
     try:
         with torch.no_grad(), weights, _Searches(retriever, profile.topk) as searches:
-            loop = _Loop(rows, group_size, writer, searches, policy, profile, limit, seed)
+            streams = _streams([row.question for row in rows], seed)
+            loop = _Loop(rows, group_size, streams, writer, searches, policy.tokenizer, profile, limit)
             for trajectory in loop.run():
                 if done:
                     done(trajectory)
@@ -120,6 +120,7 @@ class _Asked(NamedTuple):
     hits: Future | None
 
 
+@dataclass(slots=True)
 class _Loop:
     """Search-R1's loop (generation.py, run_llm_loop), row by row: turns that may search, then one that may not.
 
@@ -127,13 +128,17 @@ class _Loop:
     took: a rollout can be repeated exactly.
     """
 
-    def __init__(self, rows, group_size, writer, searches, policy, profile, limit, seed) -> None:
-        self.rows, self.group_size, self.writer, self.searches = rows, group_size, writer, searches
-        self.policy, self.profile, self.limit = policy, profile, limit
-        self.streams = _streams([row.question for row in rows], seed)
-        self.waiting = deque(range(0, len(rows), group_size))  # first rows of the groups that have not begun
-        self.asked: list[_Asked] = []
-        self.open = 0
+    rows: list["_Row"]  # the copies of a question together
+    group_size: int
+    streams: list[np.random.Generator]  # one a row
+    writer: Writer
+    searches: "_Searches"
+    tokenizer: Any
+    profile: Profile
+    limit: int  # tokens of a row
+    begun: int = 0  # rows that have begun, or are done
+    open: int = 0  # rows that the writer holds
+    asked: list[_Asked] = field(default_factory=list)
 
     def run(self) -> Iterator[Trajectory]:
         ready = step = 0
@@ -149,11 +154,10 @@ class _Loop:
                 ready += 1
 
     def _refill(self) -> None:
-        while self.waiting and self.open + self.group_size <= self.writer.capacity:
-            first = self.waiting.popleft()
-            group = range(first, first + self.group_size)
-            self.writer.open(group, self.rows[first].prompt_ids, self.streams[group.start : group.stop])
-            self.open += self.group_size
+        while self.begun < len(self.rows) and self.open + self.group_size <= self.writer.capacity:
+            group = range(self.begun, self.begun + self.group_size)
+            self.writer.open(group, self.rows[group.start].prompt_ids, self.streams[group.start : group.stop])
+            self.begun, self.open = group.stop, self.open + self.group_size
 
     def _take_turns(self, step: int, ended: list[tuple[int, list[int], list[float]]]) -> None:
         """Record the turns that ended; end the rows that are done, and start the searches of the others at once."""
@@ -161,7 +165,7 @@ class _Loop:
         for number, ids, logprobs in ended:
             row = self.rows[number]
             row.add(ids, logprobs)
-            text = decode(self.policy.tokenizer, ids)
+            text = decode(self.tokenizer, ids)
             action = parse_action(text)
             row.turns.append(Turn(text, action.kind, action.content if action.kind == "search" else None))
             if action.kind == "answer" or len(row.turns) > self.profile.max_turns:
@@ -193,10 +197,10 @@ class _Loop:
             row = self.rows[number]
             hits = () if found is None else tuple(found.result())
             observation = INVALID_ACTION if found is None else render_observation(hits)
-            chunk = encode_observation(self.policy.tokenizer, observation, self.profile.max_observation_tokens)
+            chunk = encode_observation(self.tokenizer, observation, self.profile.max_observation_tokens)
             fits = row.tokens + len(chunk) + self.profile.max_response_tokens <= self.limit
             said = row.turns[-1]
-            seen = decode(self.policy.tokenizer, chunk) if fits else ""
+            seen = decode(self.tokenizer, chunk) if fits else ""
             row.turns[-1] = Turn(said.text, said.action, said.query, hits, seen)
             if fits:
                 row.add(chunk)
@@ -239,11 +243,13 @@ class _Searches:
         if not batch:
             return
         try:
-            for (_, future), hits in zip(batch, _search(self.retriever, [q for q, _ in batch], self.k), strict=True):
-                future.set_result(hits)
+            found = _search(self.retriever, [query for query, _ in batch], self.k)
         except BaseException as error:  # whatever it is belongs to those who wait
             for _, future in batch:
                 future.set_exception(error)
+            return
+        for (_, future), hits in zip(batch, found, strict=True):
+            future.set_result(hits)
 
 
 def _search(retriever: Retriever, queries: list[str], k: int) -> list[list[Hit]]:
