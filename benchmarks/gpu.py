@@ -240,7 +240,7 @@ class ScriptedRollouts:
     kept: list[Trajectory] = field(default_factory=list)
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # by phase
 
-    def __call__(self, policy: Policy, questions, retriever, profile: Profile, *, group_size: int, seed: int):
+    def __call__(self, policy: Policy, questions, retriever, profile: Profile, *, group_size: int, seed: int, **_):
         self.note("training" if self.peaks else "loading", policy.device)
         if not self.kept:
             rows = len(questions) * group_size

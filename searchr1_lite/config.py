@@ -94,8 +94,6 @@ class Profile(BaseModel):
                 f"questions_per_step x group_size = {rollouts} must be a multiple of "
                 f"updates_per_rollout = {self.updates_per_rollout}"
             )
-        if self.rollout_rows < self.group_size:
-            raise ValueError(f"rollout_rows = {self.rollout_rows} leaves no room for a group of {self.group_size}")
         least = self.max_prompt_tokens + self.max_response_tokens
         if self.max_context_tokens < least:
             raise ValueError(

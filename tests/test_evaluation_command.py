@@ -147,8 +147,8 @@ class Dies:
         return self.retriever.search(queries, k)
 
 
-@pytest.mark.parametrize(("calls", "answered"), [(0, 0), (5, 7)])
-def test_after_a_cut_it_goes_on_to_the_same_result(finished, sources, tmp_path, monkeypatch, capsys, calls, answered):
+@pytest.mark.parametrize("calls", [0, 5])
+def test_after_a_cut_it_goes_on_to_the_same_result(finished, sources, tmp_path, monkeypatch, capsys, calls):
     out = tmp_path / "cut"
     typed = ["--out", str(out), "--adapter", str(RUN), *settings(sources)]
     load = command.load_retriever
@@ -157,7 +157,8 @@ def test_after_a_cut_it_goes_on_to_the_same_result(finished, sources, tmp_path, 
         with pytest.raises(SystemExit, match=r"^error: the retriever failed on .* the server went away"):
             command.main(typed)
     assert not (out / "evaluation.json").exists()
-    assert len(rows_of(out)) == answered
+    answered, written = len(rows_of(out)), [3, 4, 7, 8]  # rows are written three at a time, and at a decoding's end
+    assert answered == 0 if calls == 0 else answered in written[:3]  # which, depends on what shared a call
     with (out / "trajectories.jsonl.gz").open("ab") as file:
         file.write(gzip.compress(b'{"half": "a ba')[:17])
     capsys.readouterr()
@@ -167,7 +168,7 @@ def test_after_a_cut_it_goes_on_to_the_same_result(finished, sources, tmp_path, 
     assert {key: again[key] for key in set(again) - MADE_ANEW} == {key: whole[key] for key in set(whole) - MADE_ANEW}
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in finished.iterdir())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cut: ")]
-    assert len(lines) == {0: 4, 7: 1}[answered]
+    assert len(lines) == sum(rows > answered for rows in written)
     assert not any(" -" in line for line in lines)  # what was answered before the cut is no part of the rate
 
 

@@ -143,6 +143,8 @@ def check_processes(profile: Profile, eval_questions: int, processes: int) -> No
 
 def check_settings(profile: Profile) -> None:
     """Refuse what could only fail later, before weights are loaded; raises ConfigError with the setting to change."""
+    if profile.rollout_rows < profile.group_size:
+        raise ConfigError(f"rollout_rows = {profile.rollout_rows} leaves no room for a group of {profile.group_size}")
     model = load_skeleton(profile)
     own = getattr(model.config, "max_position_embeddings", None)
     if own and profile.max_context_tokens > own:
