@@ -115,7 +115,7 @@ def nf4_bytes(parameters: int) -> float:
 def _rollout(profile: Profile, shape: Shape) -> dict[str, float]:
     if profile.sampler == "vllm":  # the server has its own card, or its own share of this one
         return {}
-    width, rows = _width(profile), max(profile.rollout_rows, profile.group_size)
+    width, rows = _width(profile), profile.rollout_rows
     entries = -(-(profile.max_context_tokens + 1) // ENTRIES) * ENTRIES
     packed = profile.quantization == "nf4"
     copied = (packed or width == 4) and profile.sampling_weights == "dequantized"  # rollout/weights.py

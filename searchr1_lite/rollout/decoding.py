@@ -95,10 +95,10 @@ class LocalWriter:
 
     def _stop_writing(self, ended: list[int]) -> list[int]:
         """Put the rows that go on into the first slots; which slots they were in, in their new order."""
-        going = self.active - len(ended)
-        stays = [slot for slot in range(self.active) if slot not in set(ended)]
+        gone, going = set(ended), self.active - len(ended)
+        stays = [slot for slot in range(self.active) if slot not in gone]
         late = [slot for slot in stays if slot >= going]
-        order = [late.pop() if slot in set(ended) else slot for slot in range(going)]
+        order = [late.pop() if slot in gone else slot for slot in range(going)]
         rows = [self.slots[slot] for slot in order]
         self.active = going
         self._arrange(0, rows)

@@ -167,11 +167,12 @@ class _Loop:
             row.add(ids, logprobs)
             text = decode(self.tokenizer, ids)
             action = parse_action(text)
-            row.turns.append(Turn(text, action.kind, action.content if action.kind == "search" else None))
-            if action.kind == "answer" or len(row.turns) > self.profile.max_turns:
-                row.turns[-1] = Turn(text, action.kind)
+            last = action.kind == "answer" or len(row.turns) == self.profile.max_turns
+            searched = action.kind == "search" and not last
+            row.turns.append(Turn(text, action.kind, action.content if searched else None))
+            if last:
                 self._close(number, "answer" if action.kind == "answer" else "turns")
-            elif action.kind == "search":
+            elif searched:
                 queries.append(action.content)
                 searching.append(number)
             else:

@@ -5,8 +5,8 @@ tokens, and most of the work while writing, where it reads one a row. What is un
 the layer computes with, so sampling stays on-policy; they are dropped before training goes on. In float32 the adapter
 is added to them. In bfloat16, which would round much of a small adapter away, it stays beside them, as in training.
 
-A CPU multiplies a few rows by a large matrix up to twice as fast once oneDNN has laid the matrix out for that; torch's
-own linear layer does not (benchmarks/rollout.py shows what it comes to). Small matrices gain less than a call costs.
+A CPU multiplies a few rows by a large matrix faster once oneDNN has laid the matrix out for that, which torch's own
+linear layer does not do. Small matrices gain less than a call costs.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch.nn.functional import linear
 
-LARGE = 2**17  # numbers in a matrix from which on oneDNN's layout pays; measured between 128 x 384 and 512 x 512
+LARGE = 2**17  # numbers in a matrix from which on oneDNN's layout is used: above the tiny model's, where it cost more
 FEW_ROWS = 32  # that it is laid out for; other numbers of rows give the same values
 
 
