@@ -46,6 +46,10 @@ class Hit:
     score: float
 
 
+class QueryRefusedError(ValueError):
+    """A retriever does not take one of the queries it was given, whatever the others are; the message says why."""
+
+
 class Retriever(Protocol):
     """Anything that finds passages: one list of at most `k` hits a query, best first, in query order."""
 
