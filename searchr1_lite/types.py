@@ -46,11 +46,19 @@ class Hit:
     score: float
 
 
+class RetrievalError(RuntimeError):
+    """A search that failed for good; the message names queries and cause."""
+
+
 class QueryRefusedError(ValueError):
     """A retriever does not take one of the queries it was given, whatever the others are; the message says why."""
 
 
 class Retriever(Protocol):
-    """Anything that finds passages: one list of at most `k` hits a query, best first, in query order."""
+    """Anything that finds passages: one list of at most `k` hits a query, best first, in query order.
+
+    One that must know which question a query belongs to (an oracle) has `search_for(queries, questions, k)` as well,
+    which the rollout then calls instead.
+    """
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]: ...
