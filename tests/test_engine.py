@@ -1,7 +1,6 @@
 """The rollout engine against a slow, obvious one: no cache, one row at a time, everything read again for each token."""
 
 import dataclasses
-import threading
 import time
 from itertools import chain, pairwise
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from torch import nn
 from searchr1_lite.config import ConfigError
 from searchr1_lite.rollout.decoding import LocalWriter, Stops, _alike, _Cache
 from searchr1_lite.rollout.decoding import greedy as likeliest
-from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError, _Searches, rollout
+from searchr1_lite.rollout.engine import PromptTooLongError, rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import (
     INVALID_ACTION,
@@ -27,7 +26,7 @@ from searchr1_lite.rollout.protocol import (
     render_observation,
 )
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
-from searchr1_lite.types import Question
+from searchr1_lite.types import QueryRefusedError, Question, RetrievalError
 
 QUESTIONS = [
     Question("q0", "What is the capital of Rovana?", ("Belmar",)),
@@ -461,18 +460,51 @@ def test_others_write_on_while_a_row_searches(tokenizer, retriever, profile):
     assert set(forwards[begun[0] : begun[0] + 3]) == {2}  # the other two rows, and they alone
 
 
-def test_queries_that_come_during_a_search_go_together(retriever):
-    gate = threading.Event()
-    gated = Gated(retriever.passages, gate.is_set)
-    with _Searches(gated, 3) as searches:
-        first = searches.ask(["Rovana"])
-        while searches.queue:
-            time.sleep(0.001)
-        later = [*searches.ask(["a", "b"]), *searches.ask(["c"]), *searches.ask([])]
-        gate.set()
-        found = [one.result(10) for one in [*first, *later]]
-    assert gated.calls == [["Rovana"], ["a", "b", "c"]]
-    assert found == retriever.search(["Rovana", "a", "b", "c"], 3)
+class Fails(OverlapRetriever):
+    """Gives up on the queries of `broken` alone, with the error it is given."""
+
+    def __init__(self, passages, broken: dict[str, Exception]) -> None:
+        super().__init__(passages)
+        self.broken = broken
+
+    def search(self, queries, k):
+        for query in queries:
+            if query in self.broken:
+                raise self.broken[query]
+        return super().search(queries, k)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("no answer"), QueryRefusedError("too long")])
+def test_a_search_that_fails_ends_its_own_row(tokenizer, retriever, profile, error):
+    """The rows that search at other times are as they were; a refused query does not touch those asked with it."""
+    script = Script()
+    policy = biased_policy(tokenizer, 0, script)
+    waits = "people people " if isinstance(error, ConnectionError) else ""
+    turns = {"q0": ["<search>Rovana</search>", "<answer>x</answer>"], "q1": [f"{waits}<search>gone</search>"]}
+    say(policy, retriever, profile, script, turns)
+    whole = rollout(policy, QUESTIONS[:1], retriever, profile, greedy=True)
+    with pytest.warns(UserWarning, match="1 of 2 trajectories ended because a search failed"):
+        found, failed = rollout(policy, QUESTIONS[:2], Fails(retriever.passages, {"gone": error}), profile, greedy=True)
+    assert (found.turns, found.search_failed) == (whole[0].turns, False)
+    assert (failed.stop_reason, failed.finished, failed.search_failed) == ("search failed", False, True)
+    assert failed.turns[-1] == Turn(f"{waits}<search>gone</search>", "search", "gone")
+    assert sum(failed.loss_mask) == len(failed.completion_ids)
+
+
+def test_a_retriever_that_is_gone_ends_the_rollout(tokenizer, retriever, profile):
+    """After as many failures in a row as rows are written at a time, whatever was found before."""
+    script = Script()
+    policy = biased_policy(tokenizer, 0, script)
+    asked = [Question(f"r{n}", f"Who is number {n}?", ("x",)) for n in range(6)]
+    quiet = OverlapRetriever(retriever.passages)
+    for n, question in enumerate(asked):
+        said = _ids(tokenizer, "<search>Rovana</search>" if n < 2 else "<search>gone</search>")
+        reference(policy, question, quiet, profile, script, [said])
+    two = profile.model_copy(update={"rollout_rows": 2})
+    ready, gone = [], Fails(retriever.passages, {"gone": ConnectionError("no answer")})
+    with pytest.raises(RetrievalError, match="no answer"):
+        rollout(policy, asked, gone, two, greedy=True, done=ready.append)
+    assert len(ready) < 4
 
 
 def test_how_long_searches_take_changes_nothing(tokenizer, retriever, profile):

@@ -61,12 +61,14 @@ class Batcher:
             self._settle(batch)
 
     def _next_batch(self) -> list[_Asked]:
-        """From the head of the queue, as far as `k` stays the same; futures that were cancelled are dropped."""
+        """The head of the queue and those behind it with the same `k`; futures that were cancelled are dropped."""
         batch: list[_Asked] = []
         with self.lock:
-            while self.queue and len(batch) < self.most and (not batch or self.queue[0].k == batch[0].k):
-                one = self.queue.popleft()
-                if one.found.set_running_or_notify_cancel():
+            waiting, self.queue = self.queue, deque()
+            for one in waiting:
+                if len(batch) == self.most or (batch and one.k != batch[0].k):
+                    self.queue.append(one)
+                elif one.found.set_running_or_notify_cancel():
                     batch.append(one)
         return batch
 

@@ -2,13 +2,15 @@
 
 Every row goes at its own pace: it writes a turn, its search starts the moment it asks, the others write on meanwhile,
 and when it is done the next question takes its place. Ids are never made from decoded text. What writes is a `Writer`:
-decoding.py in this process, vllm.py through a server. Left out: giving up on a row alone when its search fails.
+decoding.py in this process, vllm.py through a server. A row whose search fails for good ends there, and says so; the
+others go on.
 """
 
+import warnings
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 
 from searchr1_lite.config import ConfigError, Profile
+from searchr1_lite.retrieval.batching import Batcher
 from searchr1_lite.rollout.decoding import LocalWriter, cuda_graph, decode
 from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.policy import Policy
@@ -29,15 +32,11 @@ from searchr1_lite.rollout.protocol import (
 )
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
 from searchr1_lite.rollout.weights import plain_weights
-from searchr1_lite.types import Hit, Question, Retriever
+from searchr1_lite.types import QueryRefusedError, Question, Retriever
 
 
 class PromptTooLongError(ValueError):
     """A question whose prompt does not fit; the message names it."""
-
-
-class RetrievalError(RuntimeError):
-    """The retriever failed or broke its contract; the message names the queries."""
 
 
 class Writer(Protocol):
@@ -82,7 +81,9 @@ def rollout(
     the question's id and the copy's number, so what it writes does not depend on the rows beside it (but for
     rounding). `logprobs` are at that temperature. Greedy takes the likeliest token; its `logprobs` are at 1.
     `done` gets each trajectory, in order, as soon as it and all before it are ready.
-    Raises PromptTooLongError, RetrievalError, and ConfigError where not even one group has room.
+    A trajectory whose search fails for good ends there (`stop_reason` "search failed") and a warning counts them.
+    Raises PromptTooLongError, ConfigError where not even one group has room, and RetrievalError where no search came
+    back at all, or as many in a row failed as rows are written at a time: the retriever is gone then.
     """
     if not questions:
         return []
@@ -101,7 +102,7 @@ def rollout(
     was_training = policy.model.training
     policy.model.eval()  # no dropout; and in training mode gradient checkpointing silently drops the cache
     try:
-        with torch.no_grad(), weights, _Searches(retriever, profile.topk) as searches:
+        with torch.no_grad(), weights, Batcher(retriever) as searches:
             streams = _streams([row.question for row in rows], seed)
             loop = _Loop(rows, group_size, streams, writer, searches, policy.tokenizer, profile, limit)
             for trajectory in loop.run():
@@ -132,13 +133,17 @@ class _Loop:
     group_size: int
     streams: list[np.random.Generator]  # one a row
     writer: Writer
-    searches: "_Searches"
+    searches: Batcher
     tokenizer: Any
     profile: Profile
     limit: int  # tokens of a row
     begun: int = 0  # rows that have begun, or are done
     open: int = 0  # rows that the writer holds
     asked: list[_Asked] = field(default_factory=list)
+    failed: int = 0  # searches, refused queries included
+    failed_in_a_row: int = 0
+    searched: bool = False  # the retriever has said something
+    error: BaseException | None = None  # of the last search that failed
 
     def run(self) -> Iterator[Trajectory]:
         ready = step = 0
@@ -152,6 +157,10 @@ class _Loop:
             while ready < len(self.rows) and self.rows[ready].stop_reason:
                 yield self.rows[ready].trajectory()
                 ready += 1
+        if self.error and not self.searched:
+            raise self.error
+        if self.failed:
+            warnings.warn(f"{self.failed} of {len(self.rows)} trajectories ended because a search failed", stacklevel=3)
 
     def _refill(self) -> None:
         while self.begun < len(self.rows) and self.open + self.group_size <= self.writer.capacity:
@@ -177,7 +186,8 @@ class _Loop:
                 searching.append(number)
             else:
                 self.asked.append(_Asked(step, number, None))
-        for number, hits in zip(searching, self.searches.ask(queries), strict=True):
+        of = [self.rows[number].question for number in searching]
+        for number, hits in zip(searching, self.searches.ask(queries, self.profile.topk, of), strict=True):
             self.asked.append(_Asked(step, number, hits))
 
     def _answered(self, step: int) -> list[_Asked]:
@@ -196,6 +206,8 @@ class _Loop:
         """Give rows their observation, or end those whose next turn would not fit any more."""
         for _, number, found in due:
             row = self.rows[number]
+            if found is not None and self._gave_up(number, found.exception()):
+                continue
             hits = () if found is None else tuple(found.result())
             observation = INVALID_ACTION if found is None else render_observation(hits)
             chunk = encode_observation(self.tokenizer, observation, self.profile.max_observation_tokens)
@@ -209,63 +221,23 @@ class _Loop:
             else:
                 self._close(number, "context")
 
+    def _gave_up(self, number: int, error: BaseException | None) -> bool:
+        """Whether this row's search failed, which ends it; raises the error where the retriever seems to be gone."""
+        if error is None or isinstance(error, QueryRefusedError):
+            self.searched, self.failed_in_a_row = True, 0
+        else:
+            self.error, self.failed_in_a_row = error, self.failed_in_a_row + 1
+            if self.failed_in_a_row >= self.writer.capacity:
+                raise error
+        if error is not None:
+            self.failed += 1
+            self._close(number, "search failed")
+        return error is not None
+
     def _close(self, number: int, reason: str) -> None:
         self.rows[number].stop_reason = reason
         self.writer.close(number)
         self.open -= 1
-
-
-class _Searches:
-    """Runs searches beside the writing. Queries that come during a call go together into the next one.
-
-    So a retriever is never called by two threads at once, and a slow one gets large batches.
-    """
-
-    def __init__(self, retriever: Retriever, k: int) -> None:
-        self.retriever, self.k = retriever, k
-        self.pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="search")
-        self.queue: deque[tuple[str, Future]] = deque()
-
-    def __enter__(self) -> "_Searches":
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.pool.shutdown(cancel_futures=True)
-
-    def ask(self, queries: list[str]) -> list[Future]:
-        futures = [Future() for _ in queries]
-        if queries:
-            self.queue.extend(zip(queries, futures, strict=True))
-            self.pool.submit(self._answer)
-        return futures
-
-    def _answer(self) -> None:
-        batch = [self.queue.popleft() for _ in range(len(self.queue))]
-        if not batch:
-            return
-        try:
-            found = _search(self.retriever, [query for query, _ in batch], self.k)
-        except BaseException as error:  # whatever it is belongs to those who wait
-            for _, future in batch:
-                future.set_exception(error)
-            return
-        for (_, future), hits in zip(batch, found, strict=True):
-            future.set_result(hits)
-
-
-def _search(retriever: Retriever, queries: list[str], k: int) -> list[list[Hit]]:
-    """One call for all queries; fewer than `k` hits, or none, are taken as they are."""
-    named = ", ".join(repr(query) for query in queries[:5]) + (", …" if len(queries) > 5 else "")
-    try:
-        found = retriever.search(queries, k)
-    except Exception as error:
-        raise RetrievalError(f"the retriever failed on {len(queries)} queries ({named}): {error}") from error
-    if len(found) != len(queries):
-        raise RetrievalError(f"the retriever returned {len(found)} lists of hits for {len(queries)} queries ({named})")
-    for query, hits in zip(queries, found, strict=True):
-        if len(hits) > k:
-            raise RetrievalError(f"the retriever returned {len(hits)} hits for {query!r} where {k} were asked for")
-    return found
 
 
 def _streams(questions: Sequence[Question], seed: int) -> list[np.random.Generator]:
