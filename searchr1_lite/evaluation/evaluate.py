@@ -10,22 +10,16 @@ from typing import Any
 
 from searchr1_lite.config import Profile
 from searchr1_lite.evaluation.metrics import by_hops, mean, share_interval
+from searchr1_lite.retrieval.controls import Empty
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.trajectory import Trajectory, trajectory_to_row
 from searchr1_lite.training.rewards import exact_match, f1, substring_match
-from searchr1_lite.types import Hit, Question, Retriever
+from searchr1_lite.types import Question, Retriever
 
 SECONDS_BETWEEN_LINES = 10.0
 SCORES = {"exact_match": exact_match, "f1": f1, "substring_match": substring_match}
 FIGURES = (*SCORES, "searches", "response_length", "finished", "invalid_actions")
-
-
-class NoRetriever:
-    """Finds nothing, whatever is asked."""
-
-    def search(self, queries: list[str], k: int) -> list[list[Hit]]:
-        return [[] for _ in queries]
 
 
 def evaluate(
@@ -71,7 +65,8 @@ def scored_row(trajectory: Trajectory, **extra: Any) -> dict[str, Any]:
 
 def figures(row: dict[str, Any]) -> dict[str, Any]:
     """The little of a scored row that a summary needs; the texts, which would fill the memory, are left behind."""
-    return {name: row[name] for name in FIGURES} | {"hops": row["question"]["metadata"].get("hops")}
+    more = {"hops": row["question"]["metadata"].get("hops"), "failed": row["stop_reason"] == "search failed"}
+    return {name: row[name] for name in FIGURES} | more
 
 
 def summarise(trajectories: Sequence[Trajectory]) -> dict:
@@ -86,8 +81,13 @@ def summarise_figures(rows: Sequence[dict[str, Any]]) -> dict:
     `substring_match` the share whose answer holds a golden one.
     `response_length` is in tokens that the model wrote, `invalid_actions` and searches are counts a trajectory,
     `answer_rate` is the share that ended in an answer. The `_by_hops` values have keys "1", "2", … for the hop counts
-    that the questions' metadata names, and are empty where it names none.
+    that the questions' metadata names, and are empty where it names none. A question whose search failed is in no
+    mean and not among `questions`; `failed_searches` counts them. Raises ValueError where no other is left.
     """
+    failed = sum(row["failed"] for row in rows)
+    rows = [row for row in rows if not row["failed"]]
+    if not rows:
+        raise ValueError(f"the search of every question failed ({failed}): there is nothing to sum up")
     column = {name: [float(row[name]) for row in rows] for name in FIGURES}
     correct = column["exact_match"]
     return {
@@ -102,12 +102,13 @@ def summarise_figures(rows: Sequence[dict[str, Any]]) -> dict:
         "response_length": mean(column["response_length"]),
         "answer_rate": mean(column["finished"]),
         "invalid_actions": mean(column["invalid_actions"]),
+        "failed_searches": failed,
     }
 
 
 def closed_book(policy: Policy, questions: Sequence[Question], profile: Profile) -> float:
     """Exact match when nothing can be looked up: one turn, no search, greedy."""
-    summary, _ = evaluate(policy, questions, NoRetriever(), profile.model_copy(update={"max_turns": 0}))
+    summary, _ = evaluate(policy, questions, Empty(), profile.model_copy(update={"max_turns": 0}))
     return summary["exact_match"]
 
 

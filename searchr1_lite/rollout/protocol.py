@@ -27,6 +27,8 @@ INVALID_ACTION = (
 )
 CLOSING_TAGS = ("</search>", "</answer>")  # a turn ends at the first of them
 OBSERVATION_END = "</information>\n\n"
+# In a passage these would be read as the protocol's, or as the tokenizer's own tokens (<|im_end|>).
+MARKS = re.compile(r"<(/?(?:think|search|information|answer)|\|\w+\|)>")
 
 
 class Action(NamedTuple):
@@ -65,10 +67,15 @@ def parse_action(text: str) -> Action:
 
 
 def render_observation(hits: Sequence[Hit]) -> str:
-    """The text that answers a search, best passage first; no hits make an empty information block."""
+    """The text that answers a search, best passage first; no hits make an empty information block.
+
+    A tag of the protocol in a passage loses its angle brackets, `[answer]`: it is text that was found, and can neither
+    end the block nor pass for the model's own. The original shows it as it is.
+    """
     documents = "".join(
         f"Doc {rank}(Title: {hit.passage.title_line}) {hit.passage.text}\n" for rank, hit in enumerate(hits, start=1)
     )
+    documents = MARKS.sub(r"[\1]", documents)
     return f"\n\n<information>{documents.strip()}</information>\n\n"
 
 

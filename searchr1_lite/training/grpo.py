@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ from searchr1_lite.config import ConfigError, Profile, save_config
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate, summarise
 from searchr1_lite.jsonl import write_json
 from searchr1_lite.memory import check_memory
-from searchr1_lite.retrieval.build import load_retriever
+from searchr1_lite.retrieval.cache import Cached
+from searchr1_lite.retrieval.controls import Noisy, noise_share
 from searchr1_lite.retrieval.corpus import load_corpus
+from searchr1_lite.retrieval.load import load_retriever
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy, choose_device, load_policy, load_skeleton
 from searchr1_lite.rollout.trajectory import Trajectory
@@ -101,7 +104,7 @@ def train(
     process.wait_for_everyone()  # all have read the folder; from here on the main process alone writes to it
     if process.is_main_process:
         checkpoints.rewind(run_folder, checkpoint)
-    retriever = retriever or load_retriever(profile, load_corpus(profile.corpus))
+    retriever = retriever or load_retriever(profile)
     policy = policy or load_policy(profile)
     (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
@@ -388,6 +391,8 @@ def make_rollout_func(
 ) -> Callable[[list[str], GRPOTrainer], dict[str, list]]:
     """TRL's rollout function. Its prompts are question ids, each `group_size` times in a row."""
     by_id = {question.id: question for question in order}
+    noise = load_corpus(profile.corpus) if profile.noise_start or profile.noise_end else None
+    cached = retriever if hasattr(retriever, "search_for") else Cached(retriever)
     server = VLLMWriter(policy, profile) if profile.sampler == "vllm" else None
 
     def rollout_func(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
@@ -397,25 +402,45 @@ def make_rollout_func(
         start = time.perf_counter()
         if server:
             server.load_adapter(trainer.model, recorder.run_folder / "checkpoints/served", step)
+        searched, before = cached, getattr(cached, "hits", 0)
+        if noise:
+            share = noise_share(step, profile.steps, profile.noise_start, profile.noise_end)
+            searched = Noisy(cached, noise, share, seed)
         memory = memory_for("rollout", profile, "rollout_rows", "max_context_tokens")
         with memory, torch.no_grad(), trainer.accelerator.autocast():
             trajectories = rollout(
                 replace(policy, model=trainer.model),
                 asked,
-                retriever,
+                searched,
                 profile,
                 group_size=profile.group_size,
                 seed=seed,
                 writer=server,
             )
         set_seed(seed)  # what follows (order of rows, dropout) depends on the step alone as well
-        rewards = [_reward(trajectory, profile) for trajectory in trajectories]
+        rewards = group_rewards(trajectories, profile)
         everyone = gather_object(trajectories), gather_object(rewards)  # in the order of one process
         if trainer.accelerator.is_main_process:
             recorder.record(step + 1, *everyone, time.perf_counter() - start)
+            recorder.rollouts["cache_hits"] = getattr(cached, "hits", 0) - before
         return trl_columns(trajectories, profile.masked, policy.tokenizer.eos_token_id) | {"reward": rewards}
 
     return rollout_func
+
+
+def group_rewards(trajectories: Sequence[Trajectory], profile: Profile) -> list[float]:
+    """Each trajectory's reward; one whose search failed gets the mean of its group's others.
+
+    So the group's mean is as if the failed one were not there; and no token of it is learned from (`trl_columns`).
+    """
+    rewards = [_reward(trajectory, profile) for trajectory in trajectories]
+    for start in range(0, len(rewards), profile.group_size):
+        group = range(start, start + profile.group_size)
+        known = [rewards[n] for n in group if not trajectories[n].search_failed]
+        for n in group:
+            if trajectories[n].search_failed:
+                rewards[n] = fmean(known) if known else 0.0
+    return rewards
 
 
 def _reward(trajectory: Trajectory, profile: Profile) -> float:
@@ -427,12 +452,15 @@ def trl_columns(trajectories: Sequence[Trajectory], masked: bool, eos: int) -> d
 
     A token that was not sampled has None for its log-probability: nothing is corrected there (correction.py).
     Unmasked, retrieved and inserted tokens are learned from too. An answer gets an end token, so that TRL does not
-    take it for cut off; nobody wrote that token and its mask is 0 in either case.
+    take it for cut off; nobody wrote that token and its mask is 0 in either case. Nothing is learned from a trajectory
+    whose search failed.
     """
     columns: dict[str, list[list]] = {"prompt_ids": [], "completion_ids": [], "logprobs": [], "env_mask": []}
     for trajectory in trajectories:
         end = trajectory.finished or not trajectory.completion_ids
         mask = list(trajectory.loss_mask) if masked else [1] * len(trajectory.completion_ids)
+        if trajectory.search_failed:
+            mask = [0] * len(mask)
         columns["prompt_ids"].append(list(trajectory.prompt_ids))
         columns["completion_ids"].append([*trajectory.completion_ids, *[eos] * end])
         sampled = zip(trajectory.logprobs, trajectory.loss_mask, strict=True)

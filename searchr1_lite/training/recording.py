@@ -79,16 +79,26 @@ class Recorder(TrainerCallback):
         self.progress(
             f"{self.run_folder.name}: step {step}/{steps}  exact match {metrics['exact_match']:.2f}  "
             f"searches {metrics['searches']:.2f}  {rate:.1f} s a step, {_duration(rate * (steps - step))} left"
+            + (
+                f"  {metrics['failed_searches']} trajectories left out: a search failed"
+                * bool(metrics["failed_searches"])
+            )
         )
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory], rewards: Sequence[float], group_size: int) -> dict[str, Any]:
-    """Means over a batch of rollouts; by hops where the questions say how many they need."""
+    """Means over a batch of rollouts; by hops where the questions say how many they need.
+
+    `failed_searches` counts trajectories that a failing search ended; they are in no mean.
+    """
+    groups = [rewards[start : start + group_size] for start in range(0, len(rewards), group_size)]
+    failed = sum(trajectory.search_failed for trajectory in trajectories)
+    kept = [(t, r) for t, r in zip(trajectories, rewards, strict=True) if not t.search_failed]
+    trajectories, rewards = zip(*kept, strict=True) if kept else (trajectories, rewards)
     scores = [exact_match(trajectory.policy_text, trajectory.question.golden_answers) for trajectory in trajectories]
     searches = [trajectory.searches for trajectory in trajectories]
     metadata = [trajectory.question.metadata for trajectory in trajectories]
     hops = [described["hops"] for described in metadata if described.get("hops") is not None]
-    groups = [rewards[start : start + group_size] for start in range(0, len(rewards), group_size)]
     return {
         "reward": mean(rewards),
         "exact_match": mean(scores),
@@ -101,6 +111,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], rewards: Sequence[float]
         "retrieved_tokens": mean([len(t.completion_ids) - t.response_length for t in trajectories]),
         "answer_rate": mean([trajectory.finished for trajectory in trajectories]),
         "zero_variance_groups": mean([len(set(group)) == 1 for group in groups]),
+        "failed_searches": failed,
     }
 
 
