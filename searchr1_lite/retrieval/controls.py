@@ -35,9 +35,7 @@ class Oracle:
     def _gold_first(self, question: Question, hits: list[Hit], k: int) -> list[Hit]:
         ids = question.metadata.get("supporting_ids") or []
         if not ids or not all(key in self.by_id for key in ids):
-            raise ValueError(
-                f"an oracle needs the question's supporting passages in the corpus; {question.id!r}: {ids}"
-            )
+            raise ValueError(f"an oracle needs {question.id!r}'s supporting passages in the corpus, it names {ids}")
         passages = [self.by_id[key] for key in ids] + [hit.passage for hit in hits if hit.passage.id not in ids]
         return ranked(passages[:k])
 

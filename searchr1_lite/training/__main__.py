@@ -17,12 +17,13 @@ from searchr1_lite.config import ConfigError, load_profile
 from searchr1_lite.retrieval.corpus import CorpusError
 from searchr1_lite.retrieval.encoders import EncoderError
 from searchr1_lite.retrieval.manifest import IndexMismatchError
-from searchr1_lite.rollout.engine import PromptTooLongError, RetrievalError
+from searchr1_lite.rollout.engine import PromptTooLongError
 from searchr1_lite.rollout.policy import PolicyError
 from searchr1_lite.rollout.vllm import VLLMError
 from searchr1_lite.tasks.questions import QuestionError
 from searchr1_lite.training.checkpoints import RunFolderError
 from searchr1_lite.training.grpo import MemoryFullError, train
+from searchr1_lite.types import RetrievalError
 
 # What a user can put right; a message says it, and a traceback would hide it. Anything else is a fault of ours.
 ERRORS = (ConfigError, QuestionError, CorpusError, EncoderError, IndexMismatchError, PolicyError, RunFolderError)
