@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from searchr1_lite.tasks.questions import supporting_ids
 from searchr1_lite.types import Hit, Passage, Question, Retriever
 
 
 class Oracle:
-    """What the question needs comes first (its metadata's `supporting_ids`, in their order), then what is found.
+    """What the question needs comes first (as its metadata names it, in that order), then what is found.
 
     Only a rollout knows the question: a plain `search` finds what `retriever` finds.
     """
@@ -33,9 +34,9 @@ class Oracle:
         return [self._gold_first(question, hits, k) for question, hits in zip(questions, found, strict=True)]
 
     def _gold_first(self, question: Question, hits: list[Hit], k: int) -> list[Hit]:
-        ids = question.metadata.get("supporting_ids") or []
-        if not ids or not all(key in self.by_id for key in ids):
-            raise ValueError(f"an oracle needs {question.id!r}'s supporting passages in the corpus, it names {ids}")
+        ids = supporting_ids(question)
+        if missing := [key for key in ids if key not in self.by_id]:
+            raise ValueError(f"question {question.id!r} needs passages that the corpus lacks: {', '.join(missing)}")
         passages = [self.by_id[key] for key in ids] + [hit.passage for hit in hits if hit.passage.id not in ids]
         return ranked(passages[:k])
 

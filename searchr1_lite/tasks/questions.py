@@ -43,6 +43,14 @@ class QuestionError(ValueError):
     """Questions that cannot be used; the message names file and line (in parquet, row), or the source."""
 
 
+def supporting_ids(question: Question) -> list[str]:
+    """Ids of the passages that the question needs, from `supporting_ids` or `gold_ids`; raises ValueError if none."""
+    ids = question.metadata.get("supporting_ids") or question.metadata.get("gold_ids")
+    if not ids:
+        raise ValueError(f"question {question.id!r} names no supporting passages (metadata supporting_ids or gold_ids)")
+    return [str(key) for key in ids]
+
+
 def read_questions(path: str | os.PathLike) -> list[Question]:
     """All questions of a .jsonl, .jsonl.gz or .parquet file, in file order. Raises QuestionError with file and line."""
     return keep_apart(_read_file(Path(path)), str(path))
