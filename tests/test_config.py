@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from searchr1_lite.config import PROFILES, ROOT, ConfigError, load_profile, profile_names, resolve_path, save_config
+from searchr1_lite.config import (
+    PROFILES,
+    ROOT,
+    ConfigError,
+    load_profile,
+    profile_names,
+    resolve_path,
+    retriever_parts,
+    save_config,
+)
 
 
 @pytest.mark.parametrize("name", profile_names())
@@ -32,11 +41,31 @@ def test_there_are_the_tiny_run_and_the_real_ones():
         ({"masked": "perhaps"}, "masked: .*'perhaps'"),
         ({"questions_per_step": 5, "group_size": 5, "updates_per_rollout": 4}, "questions_per_step x group_size = 25"),
         ({"max_context_tokens": 100}, "max_context_tokens = 100 leaves no room"),
+        ({"retriever": "dense"}, "retriever: .*no retriever 'dense'; there are bm25, flat, "),
+        ({"retriever": "bm25+oracle"}, "no retriever 'oracle'"),
+        ({"retriever": "bm25+"}, "no retriever ''"),
+        ({"retriever": "faiss:"}, "no retriever 'faiss:'"),
+        ({"retriever": "oracle", "noise_end": 0.5}, "an oracle has no noise"),
+        ({"noise_start": 1.5}, "noise_start: .*less than or equal to 1"),
     ],
 )
 def test_what_cannot_work_is_refused(override, message):
     with pytest.raises(ConfigError, match=message):
         load_profile("tiny", **override)
+
+
+@pytest.mark.parametrize(
+    ("retriever", "parts"),
+    [
+        ("bm25", ["bm25"]),
+        ("bm25+faiss:IVF64,SQ8+index:runs/a", ["bm25", "faiss:IVF64,SQ8", "index:runs/a"]),
+        ("oracle", ["oracle"]),
+        ("http://127.0.0.1:8000/retrieve?a=1+2", ["http://127.0.0.1:8000/retrieve?a=1+2"]),
+        ("online:my+own.yaml", ["online:my+own.yaml"]),
+    ],
+)
+def test_what_a_retriever_is_made_of(retriever, parts):
+    assert retriever_parts(load_profile("tiny", retriever=retriever).retriever) == parts
 
 
 def test_all_faults_are_in_one_message():

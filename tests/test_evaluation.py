@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_lite.evaluation import evaluate as module
-from searchr1_lite.evaluation.evaluate import NoRetriever, closed_book, evaluate, figures, scored_row, summarise
+from searchr1_lite.evaluation.evaluate import closed_book, evaluate, figures, scored_row, summarise
 from searchr1_lite.evaluation.metrics import by_hops, macro_average, mean, seed_interval, share_interval
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
 from searchr1_lite.types import Question
@@ -47,6 +47,16 @@ def test_an_answer_inside_a_passage_is_not_the_models():
     assert summarise([trajectory(None, 1)])["exact_match"] == 0.0
 
 
+def test_a_question_whose_search_failed_is_counted_and_in_no_mean():
+    failed = replace(trajectory(None, 5), stop_reason="search failed")
+    fine = [trajectory("yes", 1), trajectory("no", 2)]
+    summary = summarise([fine[0], failed, fine[1]])
+    assert summary == summarise(fine) | {"failed_searches": 1}
+    assert (summary["questions"], summary["exact_match"], summary["mean_searches"]) == (2, 0.5, 1.5)
+    with pytest.raises(ValueError, match=r"the search of every question failed \(2\)"):
+        summarise([failed, failed])
+
+
 def test_words_and_substrings_by_hand():
     asked = Question("q", "Which river?", ("blue Nile",))
     answers = ("Blue Nile river", "the Nile", "Blue Nile", None)
@@ -68,6 +78,7 @@ def test_a_written_row_says_all_that_the_summary_needs():
         "finished": True,
         "invalid_actions": 0,
         "hops": 2,
+        "failed": False,
     }
 
 
@@ -186,7 +197,6 @@ def test_closed_book_is_one_turn_and_finds_nothing(policy, profile, monkeypatch)
 def test_closed_book_runs_through_the_engine(policy, profile):
     small = profile.model_copy(update={"max_response_tokens": 4})
     assert closed_book(policy, questions(2), small) == 0.0
-    assert NoRetriever().search(["a"], 3) == [[]]
 
 
 def test_progress_tells_rate_and_time_left_and_short_evaluations_are_silent(policy, retriever, profile, monkeypatch):

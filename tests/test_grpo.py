@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +26,8 @@ from searchr1_lite.training.objective import (
     token_entropies,
     token_logprobs,
 )
-from searchr1_lite.training.recording import rollout_metrics
-from searchr1_lite.types import Question
+from searchr1_lite.training.recording import Recorder, rollout_metrics
+from searchr1_lite.types import QueryRefusedError, Question
 
 QUESTIONS = [Question(str(n), f"What is {n}?", ("a",), {"hops": 1 + n % 2}) for n in range(4)]
 SMALL = {
@@ -330,6 +332,71 @@ def test_columns_for_trl():
     assert [len(x) for x in masked["logprobs"]] == [len(x) for x in masked["completion_ids"]]
 
 
+def test_nothing_is_learned_from_a_search_that_failed(monkeypatch):
+    """Its tokens are masked, and the mean of its group is that of the others."""
+    four = [forged(QUESTIONS[n // 4], random.Random(n)) for n in range(8)]
+    failed = [dataclasses.replace(t, stop_reason="search failed", finished=False) for t in four]
+    monkeypatch.setattr(grpo, "_reward", lambda t, profile: float(four.index(t) if t in four else 100))
+    mixed = [four[0], failed[1], four[2], four[3], *failed[4:]]
+    assert grpo.group_rewards(mixed, tiny()) == [0.0, 5 / 3, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0]
+    for masked in (True, False):
+        columns = grpo.trl_columns(mixed, masked, 7)
+        assert [any(row) for row in columns["env_mask"]] == [True, False, True, True, False, False, False, False]
+
+
+def test_a_step_counts_searches_that_failed_and_those_answered_from_memory(policy, tmp_path, monkeypatch):
+    """A rollout whose retriever drops a query goes on; what is written says so."""
+    asked = []
+
+    class Drops:
+        def search(self, queries, k):
+            asked.extend(queries)
+            if "lost" in queries:
+                raise QueryRefusedError("not this one")
+            return [[] for _ in queries]
+
+    def scripted(policy, questions, retriever, profile, group_size, **_):
+        kept = []
+        for n, question in enumerate(q for q in questions for _ in range(group_size)):
+            t = forged(question, random.Random(n))
+            try:
+                retriever.search(["lost" if n == 1 else f"found {n % 2}"], 3)
+            except QueryRefusedError:
+                t = dataclasses.replace(t, stop_reason="search failed", finished=False)
+            kept.append(t)
+        return kept
+
+    monkeypatch.setattr(grpo, "rollout", scripted)
+    recorder = Recorder(tiny(), tmp_path)
+    roll = grpo.make_rollout_func(tiny(), policy, QUESTIONS[:2], Drops(), recorder)
+    trainer = SimpleNamespace(
+        state=SimpleNamespace(global_step=0),
+        model=policy.model,
+        accelerator=SimpleNamespace(autocast=nullcontext, is_main_process=True),
+    )
+    columns = roll([q.id for q in QUESTIONS[:2] for _ in range(4)], trainer)
+    assert asked == ["found 0", "lost", "found 1"]
+    assert (recorder.rollouts["failed_searches"], recorder.rollouts["cache_hits"]) == (1, 5)
+    assert [any(row) for row in columns["env_mask"]] == [True, False, *[True] * 6]
+
+
+def test_noise_in_training_follows_its_curriculum(policy, tmp_path, monkeypatch, retriever):
+    """What the rollout searches at a step is `Noisy`, of that step's share; without noise there is none."""
+    used = []
+    batch = [forged(question, random.Random(1)) for question in QUESTIONS[:2] for _ in range(4)]
+    monkeypatch.setattr(grpo, "rollout", lambda p, q, retriever, *_, **__: used.append(retriever) or batch)
+    monkeypatch.setattr(grpo, "load_corpus", lambda source: retriever.passages)
+    for noise in ({}, {"noise_start": 0.1, "noise_end": 0.7, "steps": 100}):
+        roll = grpo.make_rollout_func(tiny(**noise), policy, QUESTIONS[:2], retriever, Recorder(tiny(), tmp_path))
+        for step in (0, 50):
+            accelerator = SimpleNamespace(autocast=nullcontext, is_main_process=True)
+            state = SimpleNamespace(global_step=step)
+            trainer = SimpleNamespace(state=state, model=policy.model, accelerator=accelerator)
+            roll([q.id for q in QUESTIONS[:2] for _ in range(4)], trainer)
+    assert [type(one).__name__ for one in used] == ["Cached", "Cached", "Noisy", "Noisy"]
+    assert [one.share for one in used[2:]] == pytest.approx([0.1, 0.3])
+
+
 def test_the_profile_says_what_is_rewarded():
     answer = QUESTIONS[0].golden_answers[0]
     found = Turn(
@@ -377,6 +444,13 @@ def test_rollout_metrics_by_hand():
         "retrieved_tokens": 1.0,
         "answer_rate": 0.75,
         "zero_variance_groups": 0.5,
+        "failed_searches": 0,
+    }
+    failed = dataclasses.replace(one(second, 4, right), stop_reason="search failed", finished=False)
+    without = rollout_metrics([*batch[:3], failed], [1.0, 0.0, 0.0, 0.5], 2)
+    assert without == rollout_metrics(batch[:3], [1.0, 0.0, 0.0], 3) | {
+        "zero_variance_groups": 0.0,
+        "failed_searches": 1,
     }
 
 
