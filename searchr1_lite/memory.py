@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from searchr1_lite.config import ConfigError, Profile, load_profile
+from searchr1_lite.config import ConfigError, Profile, load_profile, retriever_parts
 from searchr1_lite.rollout.decoding import ENTRIES, READ_ENTRIES, READ_TOKENS
 from searchr1_lite.rollout.policy import PolicyError, load_skeleton
 
@@ -99,8 +99,13 @@ def _fixed(profile: Profile, shape: Shape) -> dict[str, float]:
         "weights, embeddings and the rest": shape.other * _width(profile),
         "adapter": 4 * shape.adapter,  # 32 bits, whatever the base has
         "AdamW state": 8 * shape.adapter,  # two means a parameter, in the parameter's 32 bits
-        "encoder of dense retrieval": ENCODER * (profile.retriever == "dense"),
+        "encoder of dense retrieval": ENCODER * _encodes(profile),
     }
+
+
+def _encodes(profile: Profile) -> bool:
+    """Whether any of the retrievers searches vectors in this process; an index folder is taken to do so."""
+    return any(part.startswith(("flat", "hnsw", "ivf-", "faiss:", "index:")) for part in retriever_parts(profile.retriever))
 
 
 def nf4_bytes(parameters: int) -> float:

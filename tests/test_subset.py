@@ -223,9 +223,9 @@ def test_bm25_is_what_load_retriever_finds(made, tmp_path, capsys) -> None:
 def test_vectors_are_the_big_index_s_own(made, encoder, tmp_path, capsys) -> None:
     vectors = write_index(tmp_path / "big.index", tmp_path / "corpus.jsonl", encoder)
     assert "error" not in made("--index", tmp_path / "big.index")
-    assert len(encoder.model.texts) == 4  # only to see that the index is this encoder's
+    assert len(encoder.model.texts) == 5  # four and a query, only to see that the index is this encoder's
     passages = load_corpus(str(tmp_path / "sub/corpus.jsonl.gz"))
-    profile = load_profile("tiny", retriever="dense", encoder="intfloat/e5-base-v2")
+    profile = load_profile("tiny", retriever="flat", encoder="intfloat/e5-base-v2")
     folders = list((tmp_path / "data/cache").iterdir())
     assert len(folders) == 1
     for cache_dir in (None, folders[0]):

@@ -1,65 +1,380 @@
-"""From a profile to the retriever it names: built once, then loaded from its folder."""
+"""Index folders: built from a corpus that does not fit in memory, gone on with after a kill, and opened.
 
+`python -m searchr1_lite.retrieval.build --corpus C --kind K --encoder E --out FOLDER` reads the corpus in shards and
+writes each one's passages and vectors to `FOLDER.building`; a shard that is there is not made again. At the end the
+index is assembled, and becomes FOLDER by being renamed. Such a folder holds everything but the encoder, and is never
+changed: adding passages is left out.
+"""
+
+import argparse
+import gzip
+import json
+import os
 import re
+import shutil
+import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cached_property
+from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from searchr1_lite.config import ROOT, Profile
-from searchr1_lite.retrieval.corpus import corpus_checksum
-from searchr1_lite.retrieval.manifest import MANIFEST
-from searchr1_lite.types import Passage, Retriever
+import numpy as np
+
+from searchr1_lite.config import ROOT, Profile, resolve_path
+from searchr1_lite.jsonl import read_rows, write_json
+from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, passage_of
+from searchr1_lite.retrieval.manifest import MANIFEST, IndexMismatchError, check_index, write_manifest
+from searchr1_lite.retrieval.passages import Passages, write_passages
+from searchr1_lite.types import Passage
+
+if TYPE_CHECKING:  # the two kinds are imported where they are used: BM25 needs neither torch nor faiss
+    from searchr1_lite.retrieval.dense import DenseRetriever
+    from searchr1_lite.retrieval.encoders import Encoder
+    from searchr1_lite.retrieval.sparse import BM25Retriever
+
+SHARD = 50_000  # passages
+INDEX = "index.faiss"
 
 
-def load_retriever(profile: Profile, passages: list[Passage], cache_dir: str | Path | None = None) -> Retriever:
-    """The retriever that `profile.retriever` (and `profile.encoder`) names, over these passages.
+class BuildError(ValueError):
+    """An index that cannot be built, or not gone on with; the message says why and what to do."""
 
-    Loads the index in the folder `cache_dir` if there is one, otherwise builds it and saves it there; prints which.
-    The default folder is data/cache/<kind>-<first 12 digits of the corpus checksum>. An index in it that belongs to
-    another corpus or encoder raises IndexMismatchError: it is never used, and never overwritten unasked.
+
+class CorpusFile:
+    """The passages of a .jsonl(.gz) file, read again each time; unlike `read_corpus` it remembers none of them."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = resolve_path(str(path))
+
+    def __iter__(self) -> Iterator[Passage]:
+        return (passage_of(row, where) for where, row in read_rows(self.path, CorpusError, "corpus"))
+
+    def __len__(self) -> int:
+        return self.lines_and_bytes[0]
+
+    @cached_property
+    def lines_and_bytes(self) -> tuple[int, int]:
+        """Of the file unpacked; counted, which takes a few seconds a gigabyte."""
+        lines = size = 0
+        block = b"\n"
+        with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
+            while more := file.read(1 << 22):
+                block = more
+                lines, size = lines + block.count(b"\n"), size + len(block)
+        return lines + (not block.endswith(b"\n")), size
+
+
+def build_index(
+    passages: Iterable[Passage],
+    folder: str | Path,
+    kind: str,
+    encoder: "Encoder | None" = None,
+    shard: int = SHARD,
+    progress: Callable[[str], Any] = print,
+) -> None:
+    """Make the index folder of a list of passages, a CorpusFile, or anything that gives passages in the same order.
+
+    `kind`: "bm25", "flat", "hnsw", "ivf-sq8", "ivf-pq" or "faiss:<factory string>"; all but the first need an encoder.
+    The same call goes on where a killed one stopped, and refuses a corpus that has changed since. Memory holds one
+    shard and, for "hnsw" and what FAISS cannot fill from disk, the index. Raises BuildError, CorpusError, EncoderError.
     """
+    folder = Path(folder)
+    work = folder.with_name(f"{folder.name}.building")
+    made = work / "index"
+    if (folder / MANIFEST).is_file() and work.is_dir() and not made.exists():
+        shutil.rmtree(work)  # killed after the renaming
+        return
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise BuildError(f"{folder} is there already; delete it, or name another folder")
+    plan: dict[str, Any] = {"kind": kind}
+    total = len(passages) if hasattr(passages, "__len__") else None
+    if kind != "bm25":
+        plan |= _dense_plan(kind, encoder, total)
+    with _writing(folder):
+        made.mkdir(parents=True, exist_ok=True)
+        _check_goes_on(work, plan | {"shard": shard})
+    if total:
+        _check_room(passages, total, plan, work, progress)
+    _write_shards(passages, total, work, encoder, plan.get("dimension"), shard, progress)
+    stored = Passages(sorted(made.glob("passages-*.arrow")))
+    if kind == "bm25":
+        from searchr1_lite.retrieval.sparse import LIBRARIES, write_bm25
+
+        with _writing(folder):
+            plan |= write_bm25(stored, work, made, shard, progress)
+    else:
+        from searchr1_lite.retrieval.dense import LIBRARIES
+
+        plan |= _assemble(kind, work, progress)
+    corpus = getattr(passages, "path", None)
+    plan |= {"corpus_checksum": corpus_checksum(stored), "passages": len(stored)}
+    plan |= {"corpus": {"file": corpus.name, "bytes": corpus.stat().st_size} if corpus else None}
+    with _writing(folder):
+        write_manifest(made, plan, LIBRARIES)
+        os.replace(made, folder)
+    shutil.rmtree(work)
+
+
+def open_index(
+    folder: str | Path, encoder: "Encoder | None" = None, verify: bool = True, expected: dict[str, Any] | None = None
+) -> "BM25Retriever | DenseRetriever":
+    """The retriever of an index folder; its files are mapped into memory rather than read, as far as FAISS can.
+
+    Without an `encoder` the one that the manifest names is loaded. `expected`: what the manifest must say, such as
+    {"kind": "flat", "corpus_checksum": corpus_checksum(passages)}. `verify` reads every file once, to compare its
+    SHA-256. Raises IndexMismatchError, also for another encoder, and EncoderError.
+    """
+    folder = Path(folder)
+    manifest = check_index(folder, expected, verify)
+    passages = Passages([folder / name for name in manifest["files"] if name.endswith(".arrow")])
+    if manifest["kind"] == "bm25":
+        from searchr1_lite.retrieval.sparse import BM25Retriever
+
+        return BM25Retriever.open(folder, passages)
+    from searchr1_lite.retrieval.dense import DenseRetriever, read_index
+    from searchr1_lite.retrieval.encoders import load_encoder
+
+    encoder = encoder or load_encoder(manifest["encoder"]["name"])
+    identity = {key: value for key, value in encoder.identity().items() if key != "name"}  # a folder can be renamed
+    check_index(folder, {"encoder": identity}, verify=False)
+    index = read_index(folder / INDEX, manifest["lists"])
+    _check_vectors(folder, index, len(passages), manifest["dimension"])
+    return DenseRetriever(passages, encoder, index)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written, as one clear error."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # the second is FAISS's
+        there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+        raise BuildError(
+            f"the index {folder} could not be written ({str(error).strip()}); {_gb(shutil.disk_usage(there).free)} are "
+            "free there. Make room or name another folder; the same call goes on from where it was"
+        ) from error
+
+
+def _put(file: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file beside its place, in the work folder, and put it there when it is whole."""
+    work = next(path for path in file.parents if path.suffix == ".building")
+    fresh = work / f"new-{file.name}"
+    with _writing(work.with_suffix("")):
+        write(fresh)
+        os.replace(fresh, file)
+
+
+def _dense_plan(kind: str, encoder: "Encoder | None", total: int | None) -> dict[str, Any]:
+    """What the manifest says of vectors; an encoder or a kind that cannot be used is refused before the long work."""
+    from searchr1_lite.retrieval.dense import checked, new_index
+
+    if encoder is None:
+        raise BuildError(f"an index of kind {kind!r} needs an encoder")
+    dimension = checked(encoder.encode_queries(["dimension"]), ["a query"], encoder, None).shape[1]
+    new_index(kind, dimension, total or 10**6)
+    return {"encoder": encoder.identity(), "dimension": dimension}
+
+
+def _check_goes_on(work: Path, plan: dict[str, Any]) -> None:
+    file = work / "plan.json"
+    begun = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else plan
+    if different := [key for key in plan if begun.get(key) != plan[key]]:
+        key = different[0]
+        raise BuildError(
+            f"{work} holds an unfinished index whose {key} is {begun.get(key)!r}, and now it is {plan[key]!r}; go on "
+            "with that, or delete the folder"
+        )
+    write_json(file, plan)
+
+
+def _check_room(
+    passages: Iterable[Passage], total: int, plan: dict[str, Any], work: Path, progress: Callable[[str], Any]
+) -> None:
+    """Raise BuildError where the disk cannot hold what will be written."""
+    text = passages.lines_and_bytes[1] if isinstance(passages, CorpusFile) else 0
+    needed = 3 * text  # BM25's postings take about as much as the text, twice while it is built
+    if plan["kind"] != "bm25":
+        from searchr1_lite.retrieval.dense import disk_bytes
+
+        needed = text + disk_bytes(plan["kind"], plan["dimension"], total)
+    needed -= sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+    free = shutil.disk_usage(work).free
+    progress(f"{total:,} passages; about {_gb(max(0, needed))} of disk needed while at work, {_gb(free)} are free")
+    if needed > free:
+        raise BuildError(f"the index does not fit in {work.parent}; make room, or name another folder")
+
+
+def _write_shards(
+    passages: Iterable[Passage],
+    total: int | None,
+    work: Path,
+    encoder: "Encoder | None",
+    dimension: int | None,
+    shard: int,
+    progress: Callable[[str], Any],
+) -> None:
+    """Write each shard's passages, vectors and, when both are whole, its mark: the passages' checksum."""
+    source, done, new, begun = iter(passages), 0, 0, time.perf_counter()
+    seen = np.empty(0, np.uint64)
+    marks = len(list(work.glob("shard-*.json")))
+    while rows := list(islice(source, shard)):
+        name = f"{done // shard:05}"
+        seen = _check_ids(rows, done, seen)
+        mark, its = work / f"shard-{name}.json", {"passages": len(rows), "checksum": corpus_checksum(rows)}
+        marks -= mark.is_file()
+        if not mark.is_file():
+            if encoder:
+                from searchr1_lite.retrieval.dense import encode
+
+                vectors = encode(rows, encoder, dimension)
+                _put(work / f"vectors-{name}.npy", lambda file, vectors=vectors: np.save(file, vectors))
+            _put(work / f"index/passages-{name}.arrow", lambda file, rows=rows: write_passages(rows, file))
+            _put(mark, lambda file, its=its: write_json(file, its))
+            new += len(rows)
+        elif json.loads(mark.read_text(encoding="utf-8")) != its:
+            raise _changed(work, f"passages {done + 1:,} to {done + len(rows):,} are others now")
+        done += len(rows)
+        rate = new / (time.perf_counter() - begun)
+        left = f" of {total:,}" * bool(total)
+        if total and rate:
+            left += f", {rate:,.0f} a second, {timedelta(seconds=round((total - done) / rate))} left"
+        progress(f"passages: {done:,}{left}")
+    if marks:
+        raise _changed(work, f"it ends after {done:,} passages now")
+    if not done:
+        raise CorpusError("nothing to index: no passages")
+
+
+def _changed(work: Path, how: str) -> BuildError:
+    return BuildError(f"the corpus has changed since {work} was begun: {how}; delete that folder to begin again")
+
+
+def _check_ids(rows: list[Passage], before: int, seen: np.ndarray) -> np.ndarray:
+    """`seen` with 64 bits of each id: 8 bytes a passage; that two of 21 million are the same by chance is 1 in 80,000.
+
+    Raises CorpusError for an id that is there twice.
+    """
+    keys = np.array([int.from_bytes(blake2b(row.id.encode(), digest_size=8).digest()) for row in rows], np.uint64)
+    known = np.sort(np.concatenate([seen, keys]), kind="stable")
+    twice = known[:-1][known[:-1] == known[1:]]
+    if len(twice):
+        at = int(np.flatnonzero(keys == twice[0])[-1])
+        raise CorpusError(
+            f"passage {before + at + 1:,} of the corpus has the id {rows[at].id!r}, which one before it has"
+        )
+    return known
+
+
+def _assemble(kind: str, work: Path, progress: Callable[[str], Any]) -> dict[str, Any]:
+    """The index of all vectors, in the folder that will be renamed; what the manifest says of it."""
+    import faiss
+
+    from searchr1_lite.retrieval import dense
+
+    vectors = dense.Vectors(sorted(work.glob("vectors-*.npy")))
+    number, made, trained = len(vectors), work / "index" / INDEX, work / "trained.faiss"
+    factory = dense.factory_of(kind, vectors.dimension, number)
+    index = dense.new_index(kind, vectors.dimension, number)
+    if not index.is_trained and not trained.is_file():
+        progress(f"learning {factory} from a sample")
+        dense.train(index, vectors, factory)
+        _put(trained, lambda file: dense.write_faiss(index, file))
+    if trained.is_file():  # also when it has just been made: what a resumed build goes on from
+        index = faiss.read_index(str(trained))
+    lists = dense.has_lists(index)
+    if isinstance(index, faiss.IndexFlat):
+        _put(made, lambda file: dense.write_flat(index, vectors, file))
+    elif lists:
+        parts = [_filled(i, block, work, progress) for i, block in enumerate(vectors.blocks())]
+        _put(made, lambda file: dense.write_lists(index, parts, number, file))
+    else:
+        progress(f"adding {number:,} vectors")
+        dense.add(index, vectors)
+        _put(made, lambda file: dense.write_faiss(index, file))
+    _check_vectors(work, dense.read_index(made, lists), number, vectors.dimension)
+    return {"factory": factory, "metric": "inner product", "lists": lists, "search": dense.settings_of(index)}
+
+
+def _filled(i: int, block: np.ndarray, work: Path, progress: Callable[[str], Any]) -> Path:
+    """The trained index with one block of vectors in its lists, as a file."""
+    import faiss
+
+    from searchr1_lite.retrieval.dense import BLOCK, write_faiss
+
+    file = work / f"lists-{i:05}.faiss"
+    if not file.is_file():
+        index = faiss.read_index(str(work / "trained.faiss"))
+        index.add_with_ids(block, np.arange(i * BLOCK, i * BLOCK + len(block)))
+        _put(file, lambda to: write_faiss(index, to))
+        progress(f"{i * BLOCK + len(block):,} vectors in their lists")
+    return file
+
+
+def _check_vectors(folder: Path, index: Any, number: int, dimension: int) -> None:
+    if (index.ntotal, index.d) != (number, dimension):
+        raise IndexMismatchError(
+            f"{folder}: {index.ntotal} vectors of {index.d} numbers, but {number} passages and {dimension} numbers; "
+            "build the index again"
+        )
+
+
+def load_retriever(profile: Profile, passages: list[Passage], cache_dir: str | Path | None = None):
+    """Build once, then open; moves to load.py."""
+    from searchr1_lite.retrieval.encoders import load_encoder
+
     folder = Path(cache_dir) if cache_dir else default_folder(profile, passages)
-    start = time.perf_counter()
-    exists = (folder / MANIFEST).is_file()
-    retriever = _load(profile, passages, folder) if exists else _build(profile, passages)
+    device = None if profile.device == "auto" else profile.device
+    kind = "flat" if profile.retriever == "dense" else profile.retriever
+    encoder = None if kind == "bm25" else load_encoder(profile.encoder, device)
+    begun, exists = time.perf_counter(), (folder / MANIFEST).is_file()
     if not exists:
-        retriever.save(folder)
+        build_index(passages, folder, kind, encoder, progress=lambda _: None)
+    retriever = open_index(folder, encoder, expected={"kind": kind, "corpus_checksum": corpus_checksum(passages)})
     did = "loaded" if exists else "built and saved"
     where = folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder
-    print(
-        f"{profile.retriever} index of {len(passages):,} passages {did} in {time.perf_counter() - start:.1f} s: {where}"
-    )
+    print(f"{kind} index of {len(passages):,} passages {did} in {time.perf_counter() - begun:.1f} s: {where}")
     return retriever
 
 
 def default_folder(profile: Profile, passages: list[Passage]) -> Path:
-    kind = profile.retriever
-    if kind == "dense":
+    kind = re.sub(r"[^A-Za-z0-9.]+", "-", "flat" if profile.retriever == "dense" else profile.retriever)
+    if kind != "bm25":
         kind += "-" + re.sub(r"[^A-Za-z0-9.]+", "-", profile.encoder).strip("-")
     return ROOT / "data/cache" / f"{kind}-{corpus_checksum(passages)[:12]}"
 
 
-def _build(profile: Profile, passages: list[Passage]):
-    # the two kinds are imported where they are used: BM25 needs neither torch nor faiss
-    if profile.retriever == "bm25":
-        from searchr1_lite.retrieval.sparse import BM25Retriever
-
-        return BM25Retriever.build(passages)
-    from searchr1_lite.retrieval.dense import DenseRetriever
-    from searchr1_lite.retrieval.encoders import load_encoder
-
-    return DenseRetriever.build(passages, load_encoder(profile.encoder, _device(profile)))
+def _gb(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB"
 
 
-def _load(profile: Profile, passages: list[Passage], folder: Path):
-    if profile.retriever == "bm25":
-        from searchr1_lite.retrieval.sparse import BM25Retriever
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Build an index folder, or go on with one that was cut off.")
+    parser.add_argument("--corpus", required=True, help=".jsonl(.gz) of passages")
+    parser.add_argument("--kind", required=True, help="bm25, flat, hnsw, ivf-sq8, ivf-pq or faiss:<factory string>")
+    parser.add_argument("--encoder", default="minilm", help="'minilm', a hub name or a folder; not for bm25")
+    parser.add_argument("--out", required=True, help="the folder to make")
+    parser.add_argument("--shard", type=int, default=SHARD, help="passages in memory at once")
+    args = parser.parse_args()
+    if args.shard < 1:
+        parser.error("--shard must be 1 or more")
+    try:
+        encoder = None
+        if args.kind != "bm25":
+            from searchr1_lite.retrieval.encoders import load_encoder
 
-        return BM25Retriever.load(folder, passages)
-    from searchr1_lite.retrieval.dense import DenseRetriever
-    from searchr1_lite.retrieval.encoders import load_encoder
+            encoder = load_encoder(args.encoder)
+        build_index(CorpusFile(args.corpus), args.out, args.kind, encoder, args.shard)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from here")
+    print(f"{args.out}: whole")
 
-    return DenseRetriever.load(folder, passages, load_encoder(profile.encoder, _device(profile)))
 
-
-def _device(profile: Profile) -> str | None:
-    return None if profile.device == "auto" else profile.device
+if __name__ == "__main__":
+    main()

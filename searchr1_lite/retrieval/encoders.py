@@ -57,9 +57,17 @@ class Encoder:
         )
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
-    def identity(self) -> dict[str, str]:
+    def identity(self) -> dict[str, Any]:
         """What an index must remember of the encoder that made it."""
-        return {"name": self.name, "weights_sha256": self.weights_sha256}
+        modules = self.model if hasattr(self.model, "__iter__") else []
+        return {
+            "name": self.name,
+            "weights_sha256": self.weights_sha256,
+            "query_prefix": self.query_prefix,
+            "passage_prefix": self.passage_prefix,
+            "pooling": next((module.pooling_mode for module in modules if hasattr(module, "pooling_mode")), None),
+            "max_tokens": getattr(self.model, "max_seq_length", None),
+        }
 
 
 @cache

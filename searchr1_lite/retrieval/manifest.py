@@ -1,62 +1,37 @@
-"""An index folder that knows what it belongs to: written whole or not at all, refused for another corpus or encoder."""
+"""What an index folder says of itself, so that a damaged one, or one of another corpus or encoder, is refused."""
 
+import hashlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from searchr1_lite.retrieval.corpus import corpus_checksum
-from searchr1_lite.types import Passage
+from searchr1_lite.jsonl import write_json
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+AGAIN = "delete the folder and build the index again, or name another folder"
 
 
 class IndexMismatchError(ValueError):
     """A saved index that is not of this corpus, encoder or kind, or is not whole; the message says which."""
 
 
-def belongs_to(kind: str, passages: list[Passage], **more: Any) -> dict[str, Any]:
-    """What an index of these passages must say of itself to be used with them."""
-    return {
-        "format": FORMAT,
-        "kind": kind,
-        "corpus_checksum": corpus_checksum(passages),
-        "passages": len(passages),
-    } | more
+def write_manifest(folder: Path, manifest: dict[str, Any], libraries: list[str]) -> None:
+    """Add what every manifest has: format, versions of `libraries`, bytes and SHA-256 of each file in the folder."""
+    made = [file for file in sorted(folder.iterdir()) if not file.name.startswith(MANIFEST)]  # left by a killed call
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in made}
+    versions = {library: version(library) for library in libraries}
+    manifest = {"format": FORMAT} | manifest | {"files": files, "versions": versions}
+    write_json(folder / MANIFEST, manifest | {"manifest_sha256": _digest(manifest)})
 
 
-def save_index(folder: Path, manifest: dict[str, Any], libraries: list[str], write: Callable[[Path], None]) -> None:
-    """Write an index and its manifest into a temporary folder beside `folder`, then put it in place by renaming."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write(fresh)
-        sizes = {file.name: file.stat().st_size for file in sorted(fresh.iterdir())}
-        more = {"files": sizes, "versions": {library: version(library) for library in libraries}}
-        (fresh / MANIFEST).write_text(json.dumps(manifest | more, indent=2) + "\n", encoding="utf-8")
-        fresh.chmod(0o777 & ~_umask())  # mkdtemp makes folders that only their owner can read
-        if folder.exists():
-            _check_is_index(folder)
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-            os.replace(folder, old / "index")
-            os.replace(fresh, folder)
-            shutil.rmtree(old)
-        else:
-            os.replace(fresh, folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+def check_index(folder: Path, expected: dict[str, Any] | None = None, verify: bool = True) -> dict[str, Any]:
+    """The manifest of a saved index, after checking it and its files.
 
-
-def check_index(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a saved index, after checking it against `belongs_to(...)` and its files against their sizes.
-
-    Raises IndexMismatchError that names the first difference.
+    `expected` is what the manifest must say; of a dict (the encoder) what is expected, not more. Without `verify` the
+    files' sizes are checked and not their SHA-256, which takes as long as reading them. Raises IndexMismatchError that
+    names the first difference.
     """
     file = Path(folder) / MANIFEST
     if not file.is_file():
@@ -64,29 +39,39 @@ def check_index(folder: Path, expected: dict[str, Any]) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise IndexMismatchError(f"{file} is not JSON ({error}); delete the folder and build the index again") from None
-    for key, value in expected.items():
-        found = manifest.get(key) if isinstance(manifest, dict) else None
-        if found != value:
-            raise IndexMismatchError(
-                f"the index in {folder} does not belong here: its {key} is {found!r}, but {value!r} is needed; "
-                "delete the folder and build the index again, or name another folder"
-            )
-    for name, size in manifest.get("files", {}).items():
+        raise IndexMismatchError(f"{file} is not JSON ({error}); {AGAIN}") from None
+    found = manifest if isinstance(manifest, dict) else {}
+    for key, value in ({"format": FORMAT} | (expected or {})).items():
+        for what, its, needed in _parts(key, found.get(key), value):
+            if its != needed:
+                raise IndexMismatchError(
+                    f"the index in {folder} does not belong here: its {what} is {its!r}, but {needed!r} is needed; "
+                    f"{AGAIN}"
+                )
+    stated = manifest.pop("manifest_sha256", None)
+    if stated != _digest(manifest):
+        raise IndexMismatchError(f"{file} was altered since it was written; {AGAIN}")
+    for name, its in manifest["files"].items():
         path = Path(folder) / name
-        if not path.is_file() or path.stat().st_size != size:
-            state = f"{path.stat().st_size} bytes instead of {size}" if path.is_file() else "missing"
-            raise IndexMismatchError(f"the index in {folder} is not whole: {name} is {state}; build it again")
+        size = path.stat().st_size if path.is_file() else None
+        if size != its["bytes"] or (verify and _sha256(path) != its["sha256"]):
+            state = "missing" if size is None else f"{size} bytes instead of {its['bytes']}"
+            state = state if size != its["bytes"] else "altered: its sha256 is not the one of when it was written"
+            raise IndexMismatchError(f"the index in {folder} is not whole: {name} is {state}; {AGAIN}")
     return manifest
 
 
-def _check_is_index(folder: Path) -> None:
-    """Saving replaces an older index, and never a folder of something else."""
-    if any(folder.iterdir()) and not (folder / MANIFEST).is_file():
-        raise FileExistsError(f"{folder} exists and is no index (it has no {MANIFEST}); name another folder")
+def _parts(key: str, found: Any, expected: Any) -> list[tuple[str, Any, Any]]:
+    if not isinstance(expected, dict):
+        return [(key, found, expected)]
+    found = found if isinstance(found, dict) else {}
+    return [(f"{key} {part}", found.get(part), value) for part, value in expected.items()]
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

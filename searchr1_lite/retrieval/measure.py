@@ -128,7 +128,7 @@ def main() -> None:
             "bm25": SETTINGS,
             "results": [],
         }
-        for kind, name in (("bm25", "bm25"), ("dense", f"dense, {args.encoder}")):
+        for kind, name in (("bm25", "bm25"), ("flat", f"flat, {args.encoder}")):
             retriever = load_retriever(load_profile("tiny", retriever=kind, encoder=args.encoder), passages)
             record["results"].append(measure(name, retriever, questions, args.ks))
             write_json(Path(args.out), record)  # after each, since encoding takes long

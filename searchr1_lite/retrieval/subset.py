@@ -20,20 +20,20 @@ import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import faiss
+import numpy as np
 from tqdm import tqdm
 
 from searchr1_lite.config import load_profile, resolve_path
 from searchr1_lite.jsonl import append_rows, read_rows, write_json
 from searchr1_lite.provenance import provenance
-from searchr1_lite.retrieval.build import default_folder, load_retriever
+from searchr1_lite.retrieval.build import build_index, default_folder, load_retriever
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, load_corpus, passage_of
-from searchr1_lite.retrieval.dense import DenseRetriever
 from searchr1_lite.retrieval.encoders import Encoder, EncoderError, load_encoder
 from searchr1_lite.tasks.questions import QuestionError, load_questions, read_questions
 from searchr1_lite.types import Passage, Question
@@ -193,17 +193,27 @@ def open_index(path: Path, total: int) -> faiss.IndexFlatIP:
     return index
 
 
-def cut_index(index: faiss.IndexFlatIP, rows: list[int], passages: list[Passage], encoder: Encoder) -> DenseRetriever:
-    """The passages at `rows` with the index's own vectors; raises CorpusError if `encoder` gives others."""
+@dataclass(frozen=True)
+class StoredVectors(Encoder):
+    """An encoder whose vectors of some passages are there already, by passage id."""
+
+    vectors: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def encode_passages(self, passages: list[Passage]) -> np.ndarray:
+        return np.stack([self.vectors[passage.id] for passage in passages])
+
+
+def cut_vectors(index: faiss.IndexFlatIP, rows: list[int], passages: list[Passage], encoder: Encoder) -> StoredVectors:
+    """`encoder` with the index's own vectors, of its `rows`; raises CorpusError if it gives the passages others."""
     vectors, again = index.reconstruct_batch(rows), encoder.encode_passages(passages[:4])
     if again.shape[1] != index.d or (again * vectors[:4]).sum(axis=1).min() < SAME:
         raise CorpusError(
             f"the encoder {encoder.name!r} gives passages {[p.id for p in passages[:4]]} other vectors than the index "
             "has: it is of another encoder, or its rows are not in the corpus's order"
         )
-    fresh = faiss.IndexFlatIP(index.d)
-    fresh.add(vectors)
-    return DenseRetriever(passages, encoder, fresh)
+    by_id = {passage.id: vector for passage, vector in zip(passages, vectors, strict=True)}
+    its = (encoder.name, encoder.weights_sha256, encoder.model, encoder.query_prefix, encoder.passage_prefix)
+    return StoredVectors(*its, by_id)
 
 
 def chosen_questions(source: str, splits: str | None, limit: int | None, seed: int) -> list[Question]:
@@ -245,9 +255,10 @@ def make_subset(args: argparse.Namespace, questions: list[Question]) -> dict[str
     (args.out / "subset.json").unlink(missing_ok=True)  # it is written last, and tells that the rest is whole
     passages = write_rows(args.corpus, total, set(rows), args.out / "corpus.jsonl.gz")
     write_questions(questions, args.out / "questions.jsonl.gz")
-    profile = load_profile("tiny", retriever="dense" if args.encoder else "bm25", encoder=args.encoder)
-    if index:
-        cut_index(index, rows, passages, encoder).save(default_folder(profile, passages))
+    profile = load_profile("tiny", retriever="flat" if args.encoder else "bm25", encoder=args.encoder)
+    folder = default_folder(profile, passages)
+    if index and not folder.exists():
+        build_index(passages, folder, "flat", cut_vectors(index, rows, passages, encoder))
     load_retriever(profile, passages)
     ids = {row: passage.id for row, passage in zip(rows, passages, strict=True)}
     found = {
