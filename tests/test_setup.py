@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import distributions
 from pathlib import Path
@@ -15,7 +16,9 @@ from packaging.utils import canonicalize_name
 from searchr1_lite.config import ROOT, load_profile, profile_names
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CHOSEN = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
+EXTRAS = PROJECT["optional-dependencies"]
+OPTIONAL, *DEV = EXTRAS["dev"]  # whoever develops has what is optional to others
+CHOSEN = [Requirement(line) for line in PROJECT["dependencies"] + EXTRAS["service"] + EXTRAS["documents"] + DEV]
 
 
 def constraints() -> dict[str, str]:
@@ -30,6 +33,21 @@ def test_every_chosen_version_is_exact_and_that_of_the_constraints():
         (specifier,) = requirement.specifier
         assert specifier.operator == "==", requirement
         assert constraints()[canonicalize_name(requirement.name)] == specifier.version, requirement
+
+
+def test_developers_have_the_extras():
+    assert OPTIONAL == "searchr1_lite[service,documents]"
+
+
+@pytest.mark.parametrize("module", ["training.grpo", "retrieval.load"])
+def test_extras_are_imported_by_nothing_else(module):
+    """A run without a service needs neither FastAPI nor an HTTP client of ours, and BM25 no FAISS."""
+    code = f"import sys, searchr1_lite.{module}; print(*sorted(set(sys.modules) & set(sys.argv[1:])))"
+    optional = ["fastapi", "uvicorn", "prometheus_client", "semchunk", "trafilatura"]
+    optional += [f"searchr1_lite.retrieval.{name}" for name in ("server", "remote", "online", "documents", "rerank")]
+    optional += ["faiss"] if module == "retrieval.load" else []
+    found = subprocess.run([sys.executable, "-c", code, *optional], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""
 
 
 def test_the_versions_installed_are_the_pinned_ones():

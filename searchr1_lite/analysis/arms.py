@@ -1,0 +1,93 @@
+"""The arms of an experiment, runs that differ in one thing, as one small file: what each came to, and its curve.
+
+python -m searchr1_lite.analysis.arms runs/retrievers/* --again runs/retrievers-bm25 --out data/results/retrievers.json
+
+A run folder is named <arm>-seed<number>. `--again` holds evaluations of the same adapters, under the same names, with
+something else in place (here another retriever). Verdicts are not drawn here.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from searchr1_lite.analysis.runs import Run, RunError, load_run
+from searchr1_lite.config import Profile
+from searchr1_lite.jsonl import write_json
+
+CURVES = ("reward", "exact_match", "searches", "response_length", "invalid_actions")
+
+
+def run_entry(run: Run, again: Path | None) -> dict[str, Any]:
+    """What is kept of one run; RunError if it is not finished."""
+    if run.evaluation is None:
+        raise RunError(f"{run.folder}: evaluation.json is missing; the run is not finished (start it again to resume)")
+    entry = {"seed": run.profile["seed"], "date": run.environment["date"], "command": run.environment["command"]}
+    entry |= {"seconds": round(float(run.metrics["seconds"].sum()), 1)}
+    entry |= {key: run.evaluation[key] for key in ("before", "after", "closed_book")}
+    if again and (again / run.name / "evaluation.json").is_file():
+        other = load_run_evaluation(again / run.name / "evaluation.json")
+        entry["again"] = {key: value for key, value in other.items() if key != "by_data_set"}
+    curves = {name: [round(float(x), 4) for x in run.metrics[name]] for name in CURVES}
+    return entry | {"curves": {"step": [int(step) for step in run.metrics.index]} | curves}
+
+
+def load_run_evaluation(file: Path) -> dict[str, Any]:
+    """The greedy summary of what `searchr1_lite.evaluation` wrote."""
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if "greedy" not in found:
+        raise RunError(f"{file}: no greedy evaluation; evaluate with --decoding greedy")
+    return found["greedy"]
+
+
+def sum_up(runs: Sequence[Run], again: Path | None, command: str) -> dict[str, Any]:
+    """The record. Raises RunError where arms have other seeds than each other, or were made with other versions."""
+    arms: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.name):
+        arm, seed, _ = run.name.rpartition("-seed")
+        if not seed:
+            raise RunError(f"{run.folder}: a run of an experiment is named <arm>-seed<number>")
+        arms.setdefault(arm, []).append(run)
+    newest = max(runs, key=lambda run: run.environment["date"])
+    seeds = {arm: sorted(run.profile["seed"] for run in its) for arm, its in arms.items()}
+    if len(set(map(tuple, seeds.values()))) > 1:
+        raise RunError(f"the arms have not the same seeds: {seeds}")
+    for run in runs:
+        if run.environment["versions"] != newest.environment["versions"]:
+            raise RunError(f"{run.folder} and {newest.folder} were made with different versions; sum them up apart")
+    younger = {name: field.default for name, field in Profile.model_fields.items() if not field.is_required()}
+    profiles = [younger | run.profile for run in runs]  # a setting younger than the run had its default there
+    keys = [key for key in profiles[0] if key not in ("seed", "name")]
+    varied = [key for key in keys if len({str(profile.get(key)) for profile in profiles}) > 1]
+    return {
+        **{key: newest.environment[key] for key in ("date", "machine", "versions")},
+        "command": command,
+        "seeds": next(iter(seeds.values())),
+        "settings": {arm: {key: (younger | its[0].profile)[key] for key in varied} for arm, its in arms.items()},
+        "arms": {arm: [run_entry(run, again) for run in its] for arm, its in arms.items()},
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m searchr1_lite.analysis.arms", description="Sum up an experiment.")
+    parser.add_argument("folders", nargs="+", type=Path, help="run folders, named <arm>-seed<number>")
+    parser.add_argument("--again", type=Path, help="a folder of evaluations of these runs, under their names")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
+    given = parser.parse_args(arguments)
+    parents = " ".join(f"{parent}/*" for parent in sorted({str(folder.parent) for folder in given.folders}))
+    command = f"{parser.prog} {parents}{f' --again {given.again}' * bool(given.again)} --out {given.out}"
+    try:
+        record = sum_up([load_run(folder) for folder in given.folders if folder.is_dir()], given.again, command)
+    except RunError as error:
+        sys.exit(f"error: {error}")
+    write_json(given.out, record)
+    for arm, entries in record["arms"].items():
+        scores = ", ".join(f"{entry['after']['exact_match']:.3f}" for entry in entries)
+        searches = ", ".join(f"{entry['after']['mean_searches']:.2f}" for entry in entries)
+        print(f"{arm:12} exact match {scores}; searches {searches}")
+
+
+if __name__ == "__main__":
+    main()
