@@ -7,13 +7,14 @@ fusing, reranking, the network) is imported when it is asked for.
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock
 
-from searchr1_lite.config import ROOT, Profile, resolve_path, retriever_parts
+from searchr1_lite.config import ROOT, ConfigError, Profile, resolve_path, retriever_parts
 from searchr1_lite.retrieval.build import build_index, open_index
 from searchr1_lite.retrieval.controls import Empty, Oracle, Random
 from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus
@@ -35,10 +36,22 @@ def load_retriever(
     """
     retriever = _named(profile, passages, cache_dir)
     if profile.reranker:
-        from searchr1_lite.retrieval.rerank import Reranked, load_reranker
+        with _optional("dev"):
+            from searchr1_lite.retrieval.rerank import Reranked, load_reranker
 
-        retriever = Reranked(retriever, load_reranker(profile.reranker, _device(profile)))
+            retriever = Reranked(retriever, load_reranker(profile.reranker, _device(profile)))
     return retriever
+
+
+@contextmanager
+def _optional(extra: str) -> Iterator[None]:
+    """What a setting asks for and cannot be had is a ConfigError, whichever module says so."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error.name} is not installed; run: pip install 'searchr1_lite[{extra}]'") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def default_folder(profile: Profile, passages: Sequence[Passage]) -> Path:
@@ -52,13 +65,15 @@ def _named(profile: Profile, passages: Sequence[Passage] | None, cache_dir: str 
     if name == "empty":
         return Empty()
     if name.startswith("http"):
-        from searchr1_lite.retrieval.remote import RemoteRetriever
+        with _optional("service"):
+            from searchr1_lite.retrieval.remote import RemoteRetriever
 
-        return RemoteRetriever(name, token=os.environ.get(TOKEN))
+            return RemoteRetriever(name, token=os.environ.get(TOKEN))
     if name.startswith("online:"):
-        from searchr1_lite.retrieval.online import load_online
+        with _optional("service"):
+            from searchr1_lite.retrieval.online import load_online
 
-        return load_online(name.removeprefix("online:"))
+            return load_online(name.removeprefix("online:"))
     parts = retriever_parts(name)
     if passages is None and not all(part.startswith("index:") for part in parts):
         passages = load_corpus(profile.corpus)

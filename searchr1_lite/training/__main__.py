@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from searchr1_lite.config import ConfigError, load_profile
+from searchr1_lite.retrieval.build import BuildError
 from searchr1_lite.retrieval.corpus import CorpusError
 from searchr1_lite.retrieval.encoders import EncoderError
 from searchr1_lite.retrieval.manifest import IndexMismatchError
@@ -27,7 +28,7 @@ from searchr1_lite.types import RetrievalError
 
 # What a user can put right; a message says it, and a traceback would hide it. Anything else is a fault of ours.
 ERRORS = (ConfigError, QuestionError, CorpusError, EncoderError, IndexMismatchError, PolicyError, RunFolderError)
-ERRORS += (PromptTooLongError, RetrievalError, MemoryFullError, VLLMError)
+ERRORS += (BuildError, PromptTooLongError, RetrievalError, MemoryFullError, VLLMError)
 
 
 def setting(text: str) -> tuple[str, object]:
