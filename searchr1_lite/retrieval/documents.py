@@ -1,0 +1,177 @@
+"""Your own documents as a corpus: text, Markdown, HTML and JSONL, cut into passages of about 100 words as wiki-18 has.
+
+`python -m searchr1_lite.retrieval.documents notes/ page.html --out corpus.jsonl` writes rows `{"id", "contents"}`,
+which `corpus.read_corpus` reads and the original's tools too. Ids are the file's path below the folder that all files
+share, and a number: "notes/rome.md#3". Titles are the page's, the first heading, the row's, or else the file's name.
+No word is lost but what trafilatura takes for a page's menus, and its comments. Markdown keeps its marks. Left out:
+PDF and office formats, passages that overlap, and documents that do not fit in memory (but for JSONL, read by row).
+"""
+
+import argparse
+import codecs
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+from tqdm import tqdm
+
+from searchr1_lite.jsonl import read_rows, text_field
+from searchr1_lite.retrieval.corpus import join_contents, split_contents
+from searchr1_lite.types import Passage
+
+TEXT, MARKDOWN, HTML, ROWS = (".txt",), (".md", ".markdown"), (".html", ".htm"), (".jsonl", ".jsonl.gz")
+SUPPORTED = TEXT + MARKDOWN + HTML + ROWS
+WORDS = 100  # as DPR cut Wikipedia (arXiv 2004.04906, section 4.1)
+FENCED = re.compile(r"^ {0,3}(```|~~~).*?^ {0,3}\1", re.MULTILINE | re.DOTALL)  # "# ..." is no heading in there
+HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(\S.*?)[ \t#]*$|^(\S.*)\n=+[ \t]*$", re.MULTILINE)
+
+
+class DocumentError(ValueError):
+    """A document that cannot be used; the message names the file."""
+
+
+def find_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """The files, and all files in the folders, in the order of their paths; DocumentError if one cannot be used."""
+
+    def stop(error: OSError) -> None:
+        raise DocumentError(f"the folder {error.filename} cannot be read ({error.strerror})")
+
+    found: set[Path] = set()
+    for path in (Path(os.path.abspath(path)) for path in paths):
+        walked = os.walk(path, onerror=stop, followlinks=True)
+        files = [Path(folder, name) for folder, _, names in walked for name in names] if path.is_dir() else [path]
+        if not files:
+            raise DocumentError(f"{path}: there are no files in this folder")
+        found.update(files)
+    for file in found:
+        if not file.is_file():
+            raise DocumentError(f"{file}: there is no such file")
+        if not file.name.lower().endswith(SUPPORTED):
+            raise DocumentError(f"{file}: not a type that can be read; there are {', '.join(SUPPORTED)}")
+        if any("\ud800" <= character <= "\udfff" for character in str(file)):
+            raise DocumentError(f"{str(file)!a}: the name is not UTF-8; rename it")
+    return sorted(found)
+
+
+def cut(text: str, words: int = WORDS) -> list[str]:
+    """Passages of at most `words` words: all of the text's words, each once, in order.
+
+    semchunk cuts where a paragraph, else a sentence, else a clause ends. Alone it leaves headings and short ends as
+    passages; so it cuts into pieces of half the length, which are joined while they fit.
+    """
+    spans: list[tuple[int, int]] = []
+    half = max(1, words // 2)
+    for start, end in _optional("semchunk").chunk(text, half, _count, memoize=False, offsets=True)[1]:
+        if spans and _count(text[spans[-1][0] : end]) <= words:
+            spans[-1] = (spans[-1][0], end)
+        else:
+            spans.append((start, end))
+    return [text[start:end].strip() for start, end in spans]
+
+
+def passages_of(file: Path, name: str, words: int = WORDS) -> Iterator[Passage]:
+    """The passages of one file, with ids "name#1", "name#2", ...; raises DocumentError."""
+    number = 0
+    for where, title, text in _documents(file):
+        if not text.strip():
+            raise DocumentError(f"{where}: there is no text in it")
+        for passage in cut(text, words):
+            number += 1
+            yield Passage(f"{name}#{number}", " ".join(title.split()) or file.name, passage)
+
+
+def write_corpus(paths: Iterable[str | os.PathLike], out: Path, words: int = WORDS) -> int:
+    """Write the passages of all documents to `out`, whole or not at all; returns how many. Raises DocumentError."""
+    files = find_files(paths)
+    if words < 1 or out.suffix != ".jsonl" or Path(os.path.abspath(out)) in files:
+        raise DocumentError(f"{out}, {words} words: it must be a .jsonl, none of the documents, and at least 1 word")
+    base = Path(os.path.commonpath([file.parent for file in files]))
+    beside = out.with_name(out.name + ".new")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    try:
+        with beside.open("w", encoding="utf-8", newline="\n") as to:
+            for file in tqdm(files, unit="file", disable=None):  # None: only where a person looks on
+                for passage in passages_of(file, file.relative_to(base).as_posix(), words):
+                    count += 1
+                    row = {"id": passage.id, "contents": join_contents(passage)}
+                    to.write(json.dumps(row, ensure_ascii=False) + "\n")
+        os.replace(beside, out)
+    finally:
+        beside.unlink(missing_ok=True)
+    return count
+
+
+def _documents(file: Path) -> Iterator[tuple[str, str, str]]:
+    """Where it is (for errors), title (or "") and text of each document in the file."""
+    kind = file.name.lower()
+    if kind.endswith(ROWS):
+        for where, row in read_rows(file, DocumentError, "documents"):
+            yield where, *_row(row, where)
+    elif kind.endswith(HTML):
+        yield str(file), *_page(file)
+    else:
+        text = _decoded(file, file.read_bytes(), "utf-8-sig")
+        heading = HEADING.search(FENCED.sub("", text)) if kind.endswith(MARKDOWN) else None
+        yield str(file), heading[1] or heading[2] if heading else "", text
+
+
+def _row(row: dict, where: str) -> tuple[str, str]:
+    if "contents" in row:
+        contents = text_field(row, "contents", where, DocumentError)
+        title, text, _ = split_contents(contents)
+        return (title, text) if text.strip() else ("", contents)
+    text = text_field(row, "text", where, DocumentError)
+    return text_field(row, "title", where, DocumentError) if "title" in row else "", text
+
+
+def _page(file: Path) -> tuple[str, str]:
+    data = file.read_bytes()
+    declared = re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", data[:4096], re.IGNORECASE)
+    page = _decoded(file, data, declared[1].decode() if declared else "utf-8-sig")
+    found = _optional("trafilatura").extract_with_metadata(page, include_comments=False)
+    if not found or not (found.text or "").strip():
+        raise DocumentError(f"{file}: trafilatura finds no text in this page; save what you want of it as .txt or .md")
+    return found.title or "", found.text
+
+
+def _decoded(file: Path, data: bytes, charset: str) -> str:
+    try:
+        latin = codecs.lookup(charset).name == "iso8859-1"
+        return data.decode("cp1252" if latin else charset)  # what browsers do with pages that say latin-1
+    except (UnicodeDecodeError, LookupError) as error:
+        raise DocumentError(f"{file}: cannot be read as {charset} ({error}); save it as UTF-8") from None
+
+
+def _count(text: str) -> int:
+    return len(text.split())
+
+
+def _optional(library: str) -> ModuleType:
+    try:
+        return import_module(library)
+    except ImportError:
+        raise DocumentError(f"{library} is not installed; run: pip install 'searchr1_lite[documents]'") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cut documents into passages: a corpus to build an index of.")
+    parser.add_argument("documents", nargs="+", help=f"files or folders; {', '.join(SUPPORTED)}")
+    parser.add_argument("--out", type=Path, required=True, help="the corpus, a .jsonl file")
+    parser.add_argument("--words", type=int, default=WORDS, help="in a passage, at most (default: %(default)s)")
+    args = parser.parse_args()
+    try:
+        print(f"{args.out}: {write_corpus(args.documents, args.out, args.words):,} passages")
+    except (DocumentError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; nothing was written")
+
+
+if __name__ == "__main__":
+    main()
