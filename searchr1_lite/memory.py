@@ -100,6 +100,7 @@ def _fixed(profile: Profile, shape: Shape) -> dict[str, float]:
         "adapter": 4 * shape.adapter,  # 32 bits, whatever the base has
         "AdamW state": 8 * shape.adapter,  # two means a parameter, in the parameter's 32 bits
         "encoder of dense retrieval": ENCODER * _encodes(profile),
+        "reranker": ENCODER * bool(profile.reranker),
     }
 
 

@@ -134,7 +134,7 @@ def test_the_command_records_and_names_bad_input(tmp_path: Path, monkeypatch: py
     assert record["corpus"] == {"passages": 2, "checksum": corpus_checksum(load_corpus(str(corpus)))}
     assert (record["questions"], record["published"], record["bm25"]["k1"]) == (2, ["nDCG@10=0.5"], 0.9)
     wanted = {"recall@1": 0.5, "recall@2": 0.5, "all@1": 0.5, "all@2": 0.5, "nDCG@10": 0.5}
-    assert record["results"] == [{"retriever": name} | wanted for name in ("bm25", "dense, minilm")]
+    assert record["results"] == [{"retriever": name} | wanted for name in ("bm25", "flat, minilm")]
     with pytest.raises(SystemExit, match=r"error: .*no-such\.tsv"):
         run(monkeypatch, *given, tmp_path / "no-such.tsv")
     qrels.write_text("query-id\tcorpus-id\tscore\nq1\tp7\t1\n")

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_lite.config import ROOT, load_profile
-from searchr1_lite.retrieval import build, encoders, subset
-from searchr1_lite.retrieval.build import load_retriever
+from searchr1_lite.retrieval import encoders, load, subset
 from searchr1_lite.retrieval.corpus import join_contents, load_corpus
 from searchr1_lite.retrieval.encoders import Encoder, EncoderError
+from searchr1_lite.retrieval.load import load_retriever
 from searchr1_lite.retrieval.subset import AnswerSearch, sample_rest, things_needed, word_weights, words_of
 from searchr1_lite.tasks.questions import load_questions, read_questions
 from searchr1_lite.types import Passage, Question
@@ -99,7 +99,7 @@ def encoder(monkeypatch) -> Encoder:
 @pytest.fixture
 def made(tmp_path: Path, monkeypatch, capsys):
     """Run the command on ROWS and QUESTIONS; what it printed, or the message it stopped with."""
-    monkeypatch.setattr(build, "ROOT", tmp_path)  # so that indexes go to tmp_path/data/cache
+    monkeypatch.setattr(load, "ROOT", tmp_path)  # so that indexes go to tmp_path/data/cache
     write_rows(tmp_path / "corpus.jsonl", ROWS)
     write_rows(tmp_path / "questions.jsonl.gz", QUESTIONS)
 
@@ -217,7 +217,7 @@ def test_bm25_is_what_load_retriever_finds(made, tmp_path, capsys) -> None:
     passages = load_corpus(str(tmp_path / "sub/corpus.jsonl.gz"))
     found = load_retriever(load_profile("tiny", retriever="bm25"), passages).search(["Dick Wolf"], 1)
     assert found[0][0].passage.id == "1"
-    assert "passages loaded in" in capsys.readouterr().out
+    assert "passages opened in" in capsys.readouterr().out
 
 
 def test_vectors_are_the_big_index_s_own(made, encoder, tmp_path, capsys) -> None:
@@ -226,11 +226,11 @@ def test_vectors_are_the_big_index_s_own(made, encoder, tmp_path, capsys) -> Non
     assert len(encoder.model.texts) == 5  # four and a query, only to see that the index is this encoder's
     passages = load_corpus(str(tmp_path / "sub/corpus.jsonl.gz"))
     profile = load_profile("tiny", retriever="flat", encoder="intfloat/e5-base-v2")
-    folders = list((tmp_path / "data/cache").iterdir())
+    folders = [path for path in (tmp_path / "data/cache/indexes").iterdir() if path.is_dir()]
     assert len(folders) == 1
     for cache_dir in (None, folders[0]):
         retriever = load_retriever(profile, passages, cache_dir=cache_dir)
-        assert "passages loaded in" in capsys.readouterr().out
+        assert "passages opened in" in capsys.readouterr().out
     rows = [[str(row["id"]) for row in ROWS].index(passage.id) for passage in passages]
     assert np.array_equal(retriever.index.reconstruct_n(0, len(rows)), vectors[rows])
     query = encoder.encode_queries(["Who?"])[0]

@@ -10,7 +10,6 @@ import argparse
 import gzip
 import json
 import os
-import re
 import shutil
 import sys
 import time
@@ -24,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
-from searchr1_lite.config import ROOT, Profile, resolve_path
+from searchr1_lite.config import resolve_path
 from searchr1_lite.jsonl import read_rows, write_json
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, passage_of
 from searchr1_lite.retrieval.manifest import MANIFEST, IndexMismatchError, check_index, write_manifest
@@ -91,12 +91,32 @@ def build_index(
         return
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise BuildError(f"{folder} is there already; delete it, or name another folder")
-    plan: dict[str, Any] = {"kind": kind}
+    with _writing(folder):
+        made.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work / "lock", timeout=0):
+            _make(passages, work, kind, encoder, shard, progress)
+            with _writing(folder):
+                os.replace(made, folder)
+            shutil.rmtree(work)
+    except Timeout:
+        raise BuildError(f"{work}: another process is building this index; wait for it, or end it") from None
+
+
+def _make(
+    passages: Iterable[Passage],
+    work: Path,
+    kind: str,
+    encoder: "Encoder | None",
+    shard: int,
+    progress: Callable[[str], Any],
+) -> None:
+    """The folder `work`/index, whole."""
+    made, plan = work / "index", {"kind": kind}
     total = len(passages) if hasattr(passages, "__len__") else None
     if kind != "bm25":
         plan |= _dense_plan(kind, encoder, total)
-    with _writing(folder):
-        made.mkdir(parents=True, exist_ok=True)
+    with _writing(work):
         _check_goes_on(work, plan | {"shard": shard})
     if total:
         _check_room(passages, total, plan, work, progress)
@@ -105,7 +125,7 @@ def build_index(
     if kind == "bm25":
         from searchr1_lite.retrieval.sparse import LIBRARIES, write_bm25
 
-        with _writing(folder):
+        with _writing(work):
             plan |= write_bm25(stored, work, made, shard, progress)
     else:
         from searchr1_lite.retrieval.dense import LIBRARIES
@@ -114,10 +134,8 @@ def build_index(
     corpus = getattr(passages, "path", None)
     plan |= {"corpus_checksum": corpus_checksum(stored), "passages": len(stored)}
     plan |= {"corpus": {"file": corpus.name, "bytes": corpus.stat().st_size} if corpus else None}
-    with _writing(folder):
-        write_manifest(made, plan, LIBRARIES)
-        os.replace(made, folder)
-    shutil.rmtree(work)
+    with _writing(work):
+        write_manifest(made, plan, [*LIBRARIES, "pyarrow"])
 
 
 def open_index(
@@ -149,13 +167,13 @@ def open_index(
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written, as one clear error."""
+    """A full disk, or a folder that may not be written, becomes one clear error."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # the second is FAISS's
         there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
         raise BuildError(
-            f"the index {folder} could not be written ({str(error).strip()}); {_gb(shutil.disk_usage(there).free)} are "
+            f"{folder} could not be written ({str(error).strip()}); {_gb(shutil.disk_usage(there).free)} are "
             "free there. Make room or name another folder; the same call goes on from where it was"
         ) from error
 
@@ -164,7 +182,7 @@ def _put(file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file beside its place, in the work folder, and put it there when it is whole."""
     work = next(path for path in file.parents if path.suffix == ".building")
     fresh = work / f"new-{file.name}"
-    with _writing(work.with_suffix("")):
+    with _writing(work):
         write(fresh)
         os.replace(fresh, file)
 
@@ -321,31 +339,6 @@ def _check_vectors(folder: Path, index: Any, number: int, dimension: int) -> Non
             f"{folder}: {index.ntotal} vectors of {index.d} numbers, but {number} passages and {dimension} numbers; "
             "build the index again"
         )
-
-
-def load_retriever(profile: Profile, passages: list[Passage], cache_dir: str | Path | None = None):
-    """Build once, then open; moves to load.py."""
-    from searchr1_lite.retrieval.encoders import load_encoder
-
-    folder = Path(cache_dir) if cache_dir else default_folder(profile, passages)
-    device = None if profile.device == "auto" else profile.device
-    kind = "flat" if profile.retriever == "dense" else profile.retriever
-    encoder = None if kind == "bm25" else load_encoder(profile.encoder, device)
-    begun, exists = time.perf_counter(), (folder / MANIFEST).is_file()
-    if not exists:
-        build_index(passages, folder, kind, encoder, progress=lambda _: None)
-    retriever = open_index(folder, encoder, expected={"kind": kind, "corpus_checksum": corpus_checksum(passages)})
-    did = "loaded" if exists else "built and saved"
-    where = folder.relative_to(ROOT).as_posix() if folder.is_relative_to(ROOT) else folder
-    print(f"{kind} index of {len(passages):,} passages {did} in {time.perf_counter() - begun:.1f} s: {where}")
-    return retriever
-
-
-def default_folder(profile: Profile, passages: list[Passage]) -> Path:
-    kind = re.sub(r"[^A-Za-z0-9.]+", "-", "flat" if profile.retriever == "dense" else profile.retriever)
-    if kind != "bm25":
-        kind += "-" + re.sub(r"[^A-Za-z0-9.]+", "-", profile.encoder).strip("-")
-    return ROOT / "data/cache" / f"{kind}-{corpus_checksum(passages)[:12]}"
 
 
 def _gb(size: int) -> str:

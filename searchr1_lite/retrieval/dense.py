@@ -17,7 +17,7 @@ from searchr1_lite.retrieval.corpus import CorpusError
 from searchr1_lite.retrieval.encoders import Encoder, EncoderError
 from searchr1_lite.types import Hit, Passage
 
-LIBRARIES = ["faiss-cpu", "sentence-transformers", "numpy", "pyarrow"]
+LIBRARIES = ["faiss-cpu", "sentence-transformers", "numpy"]
 KINDS = ("flat", "hnsw", "ivf-sq8", "ivf-pq")  # and "faiss:<factory string>"
 BLOCK = 65_536  # vectors added to an index at once
 EF_CONSTRUCTION, EF_SEARCH = 100, 64  # recall@3 0.995 of flat's on 15,011 passages of HotpotQA with MiniLM's vectors
@@ -149,6 +149,8 @@ def reason(error: Exception) -> str:
 
 def train(index: faiss.Index, vectors: Vectors, factory: str) -> None:
     """Learn lists and codes from a sample: 40 vectors a list, at least 100,000."""
+    if index.is_trained:
+        return
     ivf = faiss.try_extract_index_ivf(index)
     sample = vectors.sample(max(100_000, 40 * ivf.nlist if ivf else 0))
     # k-means over the short vectors of PQ is where the scan costs most: 129 s instead of 9

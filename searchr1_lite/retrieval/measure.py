@@ -16,8 +16,8 @@ from statistics import fmean
 from searchr1_lite.config import load_profile
 from searchr1_lite.jsonl import read_rows, text_field, write_json
 from searchr1_lite.provenance import provenance
-from searchr1_lite.retrieval.build import load_retriever
 from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus
+from searchr1_lite.retrieval.load import load_retriever
 from searchr1_lite.retrieval.sparse import SETTINGS
 from searchr1_lite.tasks.questions import QuestionError, read_questions
 from searchr1_lite.types import Passage, Question, Retriever

@@ -32,9 +32,10 @@ from tqdm import tqdm
 from searchr1_lite.config import load_profile, resolve_path
 from searchr1_lite.jsonl import append_rows, read_rows, write_json
 from searchr1_lite.provenance import provenance
-from searchr1_lite.retrieval.build import build_index, default_folder, load_retriever
+from searchr1_lite.retrieval.build import build_index
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, load_corpus, passage_of
 from searchr1_lite.retrieval.encoders import Encoder, EncoderError, load_encoder
+from searchr1_lite.retrieval.load import default_folder, load_retriever
 from searchr1_lite.tasks.questions import QuestionError, load_questions, read_questions
 from searchr1_lite.types import Passage, Question
 
