@@ -1,20 +1,26 @@
-"""retrieval/sparse.py: BM25 scores against the formula, what no-match means, saved indexes."""
+"""retrieval/sparse.py: BM25 scores against the formula and bm25s, indexes made in shards, kills, long queries."""
 
-import json
+import contextlib
 import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
+import bm25s
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_lite.config import load_profile
-from searchr1_lite.retrieval.build import load_retriever
+from searchr1_lite.retrieval import sparse
 from searchr1_lite.retrieval.corpus import CorpusError
-from searchr1_lite.retrieval.manifest import IndexMismatchError
-from searchr1_lite.retrieval.sparse import BM25Retriever, best_first, tokenize
+from searchr1_lite.retrieval.sparse import BM25Retriever, best_first, tokenize, write_bm25
 from searchr1_lite.types import Hit, Passage
 
 PASSAGES = [
@@ -120,54 +126,167 @@ def test_nothing_to_index_is_an_error(passages: list[Passage]) -> None:
         BM25Retriever.build(passages)
 
 
-def test_saved_and_loaded_it_finds_the_same(tmp_path: Path) -> None:
-    built = BM25Retriever.build(PASSAGES)
-    queries = ["rain city", "Norway", "", "nothing known"]
-    for _ in range(2):  # the second time replaces the first
-        built.save(tmp_path / "index")
-    assert BM25Retriever.load(tmp_path / "index", PASSAGES).search(queries, 4) == built.search(queries, 4)
-    assert [path.name for path in tmp_path.iterdir()] == ["index"]  # no temporary folders stay
+def write(passages: list[Passage], root: Path, shard: int = 3) -> Path:
+    """A folder with bm25s' files, made in shards; `root` keeps the counts of the shards."""
+    folder = root / "index"
+    folder.mkdir(exist_ok=True, parents=True)
+    write_bm25(passages, root, folder, shard, lambda line: None)
+    return folder
 
 
-def test_foreign_and_broken_indexes_are_refused(tmp_path: Path) -> None:
-    folder = tmp_path / "index"
-    with pytest.raises(IndexMismatchError, match=r"manifest\.json is missing"):
-        BM25Retriever.load(folder, PASSAGES)
-    BM25Retriever.build(PASSAGES).save(folder)
-    for other in (PASSAGES[::-1], PASSAGES[:3], [Passage("0", "Oslo", "Another text."), *PASSAGES[1:]]):
-        with pytest.raises(IndexMismatchError, match="corpus_checksum"):
-            BM25Retriever.load(folder, other)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    for key, value in (("kind", "dense"), ("format", 0), ("k1", 1.2)):
-        (folder / "manifest.json").write_text(json.dumps(manifest | {key: value}))
-        with pytest.raises(IndexMismatchError, match=f"its {key} is {value!r}"):
-            BM25Retriever.load(folder, PASSAGES)
-    (folder / "manifest.json").write_text("{")
-    with pytest.raises(IndexMismatchError, match="not JSON"):
-        BM25Retriever.load(folder, PASSAGES)
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    data = folder / "data.csc.index.npy"
-    data.write_bytes(data.read_bytes()[:-4])
-    with pytest.raises(IndexMismatchError, match=r"not whole: data\.csc\.index\.npy is \d+ bytes instead of"):
-        BM25Retriever.load(folder, PASSAGES)
-    data.unlink()
-    with pytest.raises(IndexMismatchError, match=r"data\.csc\.index\.npy is missing"):
-        BM25Retriever.load(folder, PASSAGES)
+def postings(index: bm25s.BM25) -> dict[str, tuple[list[int], list[float]]]:
+    """Of each word its passages and what it adds to them, whatever number the word has."""
+    pointers = index.scores["indptr"]
+    parts = {word: slice(pointers[i], pointers[i + 1]) for word, i in index.vocab_dict.items() if word}
+    return {
+        word: (index.scores["indices"][part].tolist(), index.scores["data"][part].tolist())
+        for word, part in parts.items()
+    }
 
 
-def test_saving_never_removes_a_folder_of_something_else(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="is no index"):
-        BM25Retriever.build(PASSAGES).save(tmp_path)
-    assert (tmp_path / "notes.txt").read_text() == "mine"
+TEXTS = st.lists(
+    st.lists(st.sampled_from(["lamp", "fox", "river", "Stones", "moon", "Malmö", "x", "the", "😀"]), max_size=9),
+    min_size=1,
+    max_size=12,
+)
 
 
-def test_load_retriever_builds_once_then_loads(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    profile = load_profile("tiny", retriever="bm25")
-    first = load_retriever(profile, PASSAGES, tmp_path / "index")
-    second = load_retriever(profile, PASSAGES, tmp_path / "index")
-    said = capsys.readouterr().out.splitlines()
-    assert len(said) == 2 and "4 passages built and saved" in said[0] and "4 passages loaded" in said[1]
-    assert first.search(["rain"], 2) == second.search(["rain"], 2)
-    with pytest.raises(IndexMismatchError):
-        load_retriever(profile, PASSAGES[:2], tmp_path / "index")
+@settings(deadline=None, max_examples=40)
+@given(TEXTS, st.integers(1, 13), st.integers(1, 13), st.integers(1, 40))
+def test_whatever_the_shard_the_index_is_the_one_that_bm25s_makes_in_memory(texts, shard, other, block) -> None:
+    passages = [Passage(str(i), "fox" if i == 0 else "?", " ".join(words)) for i, words in enumerate(texts)]
+    with tempfile.TemporaryDirectory() as root, mock.patch.object(sparse, "BLOCK", block):
+        folders = [write(passages, Path(root, str(i)), size) for i, size in enumerate((shard, other))]
+        first, second = ({file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders)
+        assert first == second
+        loaded = bm25s.BM25.load(folders[0], mmap=True)
+        opened = BM25Retriever.open(folders[0], passages)
+        built = BM25Retriever.build(passages)
+        assert postings(loaded) == postings(built.index)  # to the last bit
+        assert (loaded.k1, loaded.b, loaded.method, loaded.scores["num_docs"]) == (0.9, 0.4, "lucene", len(passages))
+        queries = ["fox", "moon moon stone", "lamp river xylophone", "?", " ".join(map(" ".join, texts))]
+        assert opened.search(queries, 3) == built.search(queries, 3)
+        ours, theirs = opened.search(["fox river"], 1), loaded.retrieve([["fox", "river"]], k=1, show_progress=False)
+        assert ours[0][0].score == pytest.approx(theirs.scores[0][0], rel=1e-6)
+
+
+def corpus(number: int, seed: int = 0) -> list[Passage]:
+    """Passages of words as uneven as those of a language: w0 stands in most of them."""
+    ranks = np.random.default_rng(seed).zipf(1.3, (number, 20)) % 3000
+    return [Passage(str(i), f"w{row[0]}", " ".join(f"w{rank}" for rank in row)) for i, row in enumerate(ranks)]
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_looking_common_words_up_finds_what_adding_everything_finds(k: int) -> None:
+    passages = corpus(4000)
+    retriever = BM25Retriever.build(passages)
+    rng = np.random.default_rng(1)
+    queries = [" ".join(f"w{rank}" for rank in rng.zipf(1.3, size) % 3000) for size in rng.integers(1, 12, 150)]
+    able, narrowed = sparse._able, []
+
+    def watched(scores, added, k, more):
+        found = able(scores, added, k, more)
+        narrowed.append(more > 0 and found is not None)
+        return found
+
+    with mock.patch.object(sparse, "_able", watched):
+        found = retriever.search(queries, k)
+    assert sum(narrowed) > 20  # else this tests nothing
+    for query, hits in zip(queries, found, strict=True):
+        scores = retriever.index.get_scores(tokenize([query])[0])  # every passage, in the order of the query's words
+        best = np.sort(scores[scores > 0])[::-1][:k]
+        assert [hit.score for hit in hits] == pytest.approx(best.tolist(), rel=1e-5)
+        assert [hit.score for hit in hits] == pytest.approx([scores[int(hit.passage.id)] for hit in hits], rel=1e-5)
+        keys = [(-hit.score, int(hit.passage.id)) for hit in hits]
+        assert keys == sorted(keys)
+    assert retriever.search(queries[::-1], k) == found[::-1]  # no query leaves anything behind
+
+
+class Killed(BaseException):
+    pass
+
+
+def dying(after: int, does=lambda *args: None):
+    """Does as told `after` times, then dies."""
+    left = iter(range(after))
+
+    def call(*args):
+        if next(left, None) is None:
+            raise Killed
+        does(*args)
+
+    return call
+
+
+@pytest.mark.parametrize("after", range(7))
+@pytest.mark.parametrize("where", ["before a shard is whole", "between two lines of progress"])
+def test_killed_anywhere_and_gone_on_with_it_is_the_same_index(tmp_path: Path, where: str, after: int) -> None:
+    passages = corpus(20)
+    whole = {file.name: file.read_bytes() for file in write(passages, tmp_path / "whole", 5).iterdir()}
+    root = tmp_path / "killed"
+    folder = root / "index"
+    folder.mkdir(parents=True)
+    with mock.patch.object(sparse, "BLOCK", 100), contextlib.suppress(Killed):  # 4 shards; more than 3 blocks
+        if where == "between two lines of progress":
+            write_bm25(passages, root, folder, 5, dying(after))
+            pytest.fail("it was never killed")
+        with mock.patch.object(sparse.os, "replace", dying(after, os.replace)):
+            write_bm25(passages, root, folder, 5, lambda line: None)
+        assert after >= 4
+    done = len(list(root.glob("*.words.npz")))
+    lines = []
+    write_bm25(passages, root, folder, 5, lines.append)
+    assert sum(line.startswith("words:") for line in lines) == 4 - done  # no finished shard is counted again
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == whole
+
+
+def test_another_process_goes_on_with_the_same_vocabulary(tmp_path: Path) -> None:
+    code = """
+import sys; from pathlib import Path; from test_sparse import corpus, write
+print(write(corpus(20), Path(sys.argv[1]), 5))
+"""
+    write(corpus(20), tmp_path / "here", 5)
+    for file in tmp_path.glob("here/bm25-1*-*"):  # two of the four shards are left
+        file.unlink()
+    seed = {"PYTHONHASHSEED": "7", "PATH": os.environ["PATH"], "PYTHONPATH": str(Path(__file__).parent)}
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "here/index").iterdir()}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "here")], env=os.environ | seed, check=True)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "here/index").iterdir()} == whole
+
+
+def test_an_opened_index_is_mapped_and_not_read(tmp_path: Path) -> None:
+    index = BM25Retriever.open(write(PASSAGES, tmp_path), PASSAGES).index
+    assert all(isinstance(index.scores[name].base, np.memmap) for name in ("data", "indices", "indptr"))
+    files = {"data.csc.index.npy", "indices.csc.index.npy", "indptr.csc.index.npy", "params.index.json"}
+    assert {file.name for file in (tmp_path / "index").iterdir()} == files | {"vocab.index.json"}
+
+
+@pytest.mark.parametrize("passages", [[], [Passage("0", "?", "a I !")] * 4])
+def test_nothing_to_write_is_an_error(tmp_path: Path, passages: list[Passage]) -> None:
+    with pytest.raises(CorpusError, match=f"nothing to index: {len(passages)} passages"):
+        write(passages, tmp_path)
+
+
+LONG = {
+    "words": " ".join(f"w{i % 3000}" for i in range(20_000)),
+    "one word many times": "w1 " * 33_000,
+    "one long word": "w" * 100_000,
+    "control characters": "\x00\x1b[31m\x7f\u202e" * 12_500,
+    "control characters among words": "w1\x00w2\r\nw3" * 8_000,
+    "stopwords": "the of is " * 10_000,
+    "half a surrogate pair": "\ud800 " * 50_000,
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_query_of_100_000_characters(name: str) -> None:
+    passages = [*corpus(2000), *PASSAGES]
+    retriever = BM25Retriever.build(passages)
+    begun = time.perf_counter()
+    tracemalloc.start()
+    hits, oslo = retriever.search([LONG[name], "Oslo"], 3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(hits) == (3 if "words" in name.split() or name == "one word many times" else 0)
+    assert oslo[0].passage == PASSAGES[0]
+    assert time.perf_counter() - begun < 10 and peak < 30e6

@@ -12,9 +12,10 @@ search reads the postings of the query's words only, so that an index stays on d
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from datetime import timedelta
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +30,26 @@ K1 = 0.9  # Pyserini, LuceneSearcher.set_bm25
 B = 0.4
 SETTINGS = {"k1": K1, "b": B, "stemmer": "english", "stopwords": "en"}  # the stopwords are Lucene's 33
 LIBRARIES = ["bm25s", "PyStemmer", "numpy"]
-BLOCK = 2**25  # postings that are put in order in memory at once: 0.3 GB, however large the corpus
+BLOCK = 2**23  # postings that are put in order in memory at once, if one word has not more
+NOTHING = "nothing to index: {} passages without a single searchable word"
 
 
-def tokenize(texts: list[str]) -> list[list[str]]:
-    """Stems of the words (two characters or more) of each text, in lower case, without 33 English stopwords."""
-    return _analyse(texts, return_ids=False)
+def tokenize(texts: list[str], return_ids: bool = False) -> Any:
+    """Stems of the words (two characters or more) of each text, in lower case, without 33 English stopwords.
 
-
-def _analyse(texts: list[str], return_ids: bool) -> Any:
+    With `return_ids` numbers instead of stems, and a dict that says which stem has which.
+    """
     stemmer = Stemmer.Stemmer(SETTINGS["stemmer"])
     return bm25s.tokenize(
         texts, stopwords=SETTINGS["stopwords"], stemmer=stemmer, return_ids=return_ids, show_progress=False
     )
 
 
-def _field(passage: Passage) -> str:
-    return f"{passage.title}\n{passage.text}"
+def _texts(passages: Sequence[Passage]) -> list[str]:
+    return [f"{passage.title}\n{passage.text}" for passage in passages]
 
 
-def _idf(having: int, passages: int) -> float:
+def _idf(having: int | np.ndarray, passages: int) -> float | np.ndarray:
     """What a word weighs that stands in `having` of the passages (Lucene's formula)."""
     return np.log(1 + (passages - having + 0.5) / (having + 0.5))
 
@@ -70,9 +71,9 @@ class BM25Retriever:
     def build(cls, passages: list[Passage]) -> "BM25Retriever":
         """Index title and text of every passage in memory; raises CorpusError where there is no word to index."""
         passages = list(passages)
-        words = tokenize([_field(passage) for passage in passages])
+        words = tokenize(_texts(passages))
         if not any(words):
-            raise _nothing(passages)
+            raise CorpusError(NOTHING.format(len(passages)))
         index = bm25s.BM25(k1=K1, b=B, method="lucene")
         index.index(words, show_progress=False)
         return cls(passages, index)
@@ -101,115 +102,112 @@ class BM25Retriever:
 
     def _search_one(self, words: list[str], k: int, scores: np.ndarray) -> list[Hit]:
         """Adds up the postings, the rare words' first, until no new passage can come among the best `k`: from then on
-        only those that still can are looked up in the postings (long ones, by then) of the other words.
+        the few that still can are looked up in the postings of the other words (which are long, the common words').
         """
-        postings = self._postings(words)
-        left = sum(most for *_, most in postings)
-        touched, seen, among = [np.zeros(0, dtype=np.int32)], 0, None  # passages with a score; the ones to look up
-        for rows, gains, times, most in postings:
-            if among is None and k <= seen < 4 * len(rows):  # where selecting costs less than adding
-                touched = [np.concatenate(touched)]
-                sums = scores[touched[0]]
-                least = np.partition(sums, seen - k)[seen - k]
-                among = np.sort(touched[0][sums >= least - left]) if least > left else None
-            if among is not None:
+        stored, number = self.index.scores, self.index.vocab_dict
+        times = Counter(word for word in words if word in number)
+        if not times:
+            return []
+        first = {word: stored["indptr"][number[word]] for word in times}
+        having = {word: stored["indptr"][number[word] + 1] - first[word] for word in times}
+        # more than a word can add: its idf (the factor beside it is below 1), and a little for rounding
+        most = {word: 1.001 * times[word] * _idf(having[word], len(scores)) for word in times}
+        left = total = sum(most.values())
+        added, seen, among = [], 0, None  # the passages of the words so far; how many; those to look up
+        for word in sorted(times, key=lambda word: (having[word], word)):
+            span = slice(first[word], first[word] + having[word])
+            rows, gains = stored["indices"][span], stored["data"][span]
+            if among is None and k <= seen < 2 * len(rows) and 2 * left < total:  # else it would seldom pay
+                among = _able(scores, added, k, left)
+                among = among if among is not None and 8 * len(among) < len(rows) else None
+            if among is None:
+                added.append(rows)
+                seen += len(rows)
+            else:
                 at = np.searchsorted(rows, among)
                 at = at[rows[np.minimum(at, len(rows) - 1)] == among]
                 rows, gains = rows[at], gains[at]
-            before = scores[rows]
-            if among is None:
-                touched.append(rows[before == 0])
-                seen += len(touched[-1])
-            scores[rows] = before + times * gains
-            left -= most
-        touched = np.concatenate(touched)
-        among = np.sort(touched) if among is None else among
-        best = among[best_first(scores[among], k)] if seen else among
-        hits = [Hit(self.passages[i], float(scores[i])) for i in best.tolist()]
-        scores[touched] = 0
+            np.add.at(scores, rows, times[word] * gains)
+            left -= most[word]
+        among = _able(scores, added, k, 0) if among is None else among
+        hits = [Hit(self.passages[i], float(scores[i])) for i in among[best_first(scores[among], k)].tolist()]
+        for rows in added if 8 * seen < len(scores) else [slice(None)]:
+            scores[rows] = 0
         return hits
 
-    def _postings(self, words: list[str]) -> list[tuple[np.ndarray, np.ndarray, int, float]]:
-        """Of each word the index has, rare ones first: the passages, what it adds to each, how often it is asked for,
-        and more than it can add to any (its idf: the factor beside it is below 1).
-        """
-        pointers, number = self.index.scores["indptr"], self.index.vocab_dict
-        spans = {word: (pointers[number[word]], pointers[number[word] + 1]) for word in words if word in number}
-        times, total = Counter(words), len(self.passages)
-        return [
-            (
-                self.index.scores["indices"][start:stop],
-                self.index.scores["data"][start:stop],
-                times[word],
-                1.001 * times[word] * _idf(stop - start, total),  # 1.001: sums are rounded
-            )
-            for word, (start, stop) in sorted(spans.items(), key=lambda item: (item[1][1] - item[1][0], item[0]))
-        ]
+
+def _able(scores: np.ndarray, added: list[np.ndarray], k: int, more: float) -> np.ndarray | None:
+    """The passages that can be among the best `k` when each sum may yet grow by less than `more`, in order.
+
+    None where a passage of none of the words so far can be among them.
+    """
+    few = 8 * sum(map(len, added)) < len(scores)
+    rows = np.concatenate(added) if few else None
+    sums = scores[rows] if few else scores
+    wanted = k * len(added) if few else k  # a passage can be there once for each word
+    # the best of each of many stretches: the last that is wanted of these is no better than that of all, and quicker
+    tops = np.maximum.reduceat(sums, np.arange(0, len(sums), 1 + len(sums) // (64 * wanted)))
+    least = np.partition(tops, len(tops) - wanted)[len(tops) - wanted] if len(tops) >= wanted else 0
+    if least < more:
+        return None
+    able = np.flatnonzero(sums >= least - more)
+    able = np.sort(rows[able]) if few else able
+    return able[np.diff(able, prepend=-1) > 0]
 
 
 def write_bm25(
-    passages: Sequence[Passage], work: Path, folder: Path, shard: int, progress: Callable[[str], None]
+    passages: Sequence[Passage], work: Path, folder: Path, shard: int, progress: Callable[[str], Any]
 ) -> dict[str, Any]:
-    """Write bm25s' index of the passages into `folder`; the same files whatever the shard, also when done again.
+    """Write bm25s' index of the passages into `folder`: the same bytes whatever the shard, and when done again.
 
-    Memory holds one shard, one block of postings, the vocabulary and a number for each passage; the disk holds as much
-    in `work` (8 bytes a posting) as in `folder`. The counts of a shard that are in `work` are taken as they are, so
+    Memory holds one shard, one block of postings, the vocabulary and a few numbers for each passage; the disk holds as
+    much in `work` (8 bytes a posting) as in `folder`. A shard's counts that are in `work` are taken as they are, so
     `work` must belong to these passages. Raises CorpusError where there is no word to index. Returns SETTINGS.
     """
-    total, begun, made, shards = len(passages), time.perf_counter(), 0, []
-    for start in range(0, total, shard):
-        stop = min(start + shard, total)
-        shards.append(work / f"{start}-{stop}")
-        if not _file(shards[-1], "words.npz").exists():
-            _count_words(passages[start:stop], start, shards[-1])
-            made += stop - start
+    total, begun, made = len(passages), time.perf_counter(), 0
+    spans = {
+        work / f"bm25-{i}-{min(i + shard, total)}": slice(i, min(i + shard, total)) for i in range(0, total, shard)
+    }
+    for part, span in spans.items():
+        if not part.with_suffix(".words.npz").exists():
+            _count_words(passages[span], span.start, part)
+            made += span.stop - span.start
             rate = made / (time.perf_counter() - begun)
-            left = (total - stop) / rate
-            progress(f"words of {stop:,} of {total:,} passages counted, {rate:,.0f} a second, {left:.0f} s left")
-    vocabulary, having, lengths = _merge(shards)
+            left = timedelta(seconds=round((total - span.stop) / rate))
+            progress(f"words: {span.stop:,} of {total:,} passages, {rate:,.0f} a second, {left} left")
+    vocabulary, having, lengths = _merge(list(spans))
     if not vocabulary:
-        raise _nothing(passages)
+        raise CorpusError(NOTHING.format(total))
     pointers = np.concatenate([[0], np.cumsum(having)])
-    index = bm25s.BM25(k1=K1, b=B, method="lucene")
-    nothing = np.zeros(0)  # bm25s writes the small files; the two large ones come after, block by block
-    index.scores = {"data": nothing, "indices": nothing, "indptr": pointers, "num_docs": total}
-    index.vocab_dict = vocabulary | {"": len(vocabulary)}  # as bm25s has it, for a text without words
-    index.nonoccurrence_array = None
-    index.save(folder, show_progress=False)
-    del vocabulary, index.vocab_dict
+    _write_small_files(folder, vocabulary, pointers, total)
+    del vocabulary
     idf = _idf(having, total).astype(np.float32)
     norms = K1 * ((1 - B) + B * lengths / lengths.mean())
+    bounds = np.unique([*np.searchsorted(pointers, np.arange(0, pointers[-1], BLOCK)), len(having)]).tolist()
     with (folder / "data.csc.index.npy").open("wb") as data, (folder / "indices.csc.index.npy").open("wb") as indices:
         for file, kind in ((data, "<f4"), (indices, "<i4")):
-            shape = (int(pointers[-1]),)
-            np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": shape})
-        for first, last in _blocks(pointers):
-            scores, rows = _block(first, last, shards, pointers, idf, norms)
-            data.write(scores)
+            header = {"descr": kind, "fortran_order": False, "shape": (int(pointers[-1]),)}
+            np.lib.format.write_array_header_1_0(file, header)
+        for first, last in pairwise(bounds):
+            rows, counts, words = _block(first, last, list(spans), pointers)
+            data.write((idf[words] * (counts / (norms[rows] + counts))).astype("<f4"))
             indices.write(rows)
-            progress(f"scores of {pointers[last]:,} of {pointers[-1]:,} postings")
+            progress(f"scores: {pointers[last]:,} of {pointers[-1]:,}")
     return dict(SETTINGS)
 
 
-def _nothing(passages: Sequence[Passage]) -> CorpusError:
-    return CorpusError(f"nothing to index: {len(passages)} passages without a single searchable word")
+def _write_small_files(folder: Path, vocabulary: dict[str, int], pointers: np.ndarray, total: int) -> None:
+    """What bm25s writes itself; of the two large files it writes empty ones."""
+    index = bm25s.BM25(k1=K1, b=B, method="lucene")
+    vocabulary[""] = len(vocabulary)  # as bm25s has it, for a query without words
+    index.vocab_dict, index.nonoccurrence_array = vocabulary, None
+    index.scores = {"data": np.zeros(0), "indices": np.zeros(0), "indptr": pointers, "num_docs": total}
+    index.save(folder, show_progress=False)
 
 
-def _file(shard: Path, name: str) -> Path:
-    return shard.with_name(f"bm25-{shard.name}-{name}")
-
-
-def _write(file: Path, save: Callable[..., None], *args: Any, **arrays: Any) -> None:
-    """`save` (of numpy) into a file that is there whole or not at all."""
-    beside = file.with_name(file.name + ".new")
-    with beside.open("wb") as opened:
-        save(opened, *args, **arrays)
-    os.replace(beside, file)
-
-
-def _count_words(passages: list[Passage], start: int, shard: Path) -> None:
+def _count_words(passages: list[Passage], start: int, part: Path) -> None:
     """Write a shard's postings (passage and count, in order of word and passage), then its words and lengths."""
-    texts, vocabulary = _analyse([_field(passage) for passage in passages], return_ids=True)
+    texts, vocabulary = tokenize(_texts(passages), return_ids=True)
     words = sorted(vocabulary)  # bm25s numbers them by a set's order, which is another in each process
     rank = np.zeros(len(words), dtype=np.int64)
     rank[np.fromiter(map(vocabulary.get, words), dtype=np.int64)] = np.arange(len(words))
@@ -217,63 +215,48 @@ def _count_words(passages: list[Passage], start: int, shard: Path) -> None:
     flat = rank[np.fromiter(chain.from_iterable(texts), dtype=np.int64)]
     keys, counts = np.unique(flat * len(texts) + np.repeat(np.arange(len(texts)), lengths), return_counts=True)
     word, row = np.divmod(keys, len(texts))
-    _write(_file(shard, "postings.npy"), np.save, np.stack([start + row, counts]).astype(np.int32))
-    blob = np.frombuffer("\n".join(words).encode(), dtype=np.uint8)
-    having = np.bincount(word, minlength=len(words))
-    _write(_file(shard, "words.npz"), np.savez, words=blob, having=having, lengths=lengths)
+    having, blob = np.bincount(word, minlength=len(words)), np.frombuffer("\n".join(words).encode(), dtype=np.uint8)
+    np.save(part.with_suffix(".npy"), np.stack([start + row, counts]).astype(np.int32))
+    np.savez(part.with_suffix(".new.npz"), words=blob, having=having, lengths=lengths)
+    os.replace(part.with_suffix(".new.npz"), part.with_suffix(".words.npz"))  # there when the shard is whole
 
 
-def _merge(shards: list[Path]) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
-    """Number the words of all shards, in order of the alphabet; in how many passages each stands; all lengths.
+def _merge(parts: list[Path]) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
+    """Number the words of all shards; in how many passages each stands; the passages' lengths.
 
-    So a block of words is one slice of every shard. Writes each shard's table: number, postings, first posting.
+    In order of the alphabet, so that a range of words is one slice of every shard. Writes each shard's table: the
+    number of each of its words, how many postings it has, and which is the first.
     """
     words: set[str] = set()
-    for shard in shards:
-        words.update(_words(shard))
+    for part in parts:
+        words.update(_words(part)[0])
     number = {word: i for i, word in enumerate(sorted(words))}
     del words
-    total, lengths = np.zeros(len(number), dtype=np.int64), []
-    for shard in shards:
-        numbers = np.fromiter(map(number.__getitem__, _words(shard)), dtype=np.int64)
-        with np.load(_file(shard, "words.npz")) as stored:
-            having = stored["having"]
-            lengths.append(stored["lengths"])
+    total, lengths = np.zeros(len(number), dtype=np.int64), [np.zeros(0)]
+    for part in parts:
+        words, having, its = _words(part)
+        numbers = np.fromiter(map(number.get, words), dtype=np.int64)
         total[numbers] += having
-        _write(_file(shard, "table.npy"), np.save, np.stack([numbers, having, np.cumsum(having) - having]))
-    return number, total, np.concatenate(lengths) if lengths else np.zeros(0)
+        lengths.append(its)
+        np.save(part.with_suffix(".table.npy"), np.stack([numbers, having, np.cumsum(having) - having]))
+    return number, total, np.concatenate(lengths)
 
 
-def _words(shard: Path) -> list[str]:
-    with np.load(_file(shard, "words.npz")) as stored:
-        return stored["words"].tobytes().decode().split()
+def _words(part: Path) -> tuple[list[str], np.ndarray, np.ndarray]:
+    with np.load(part.with_suffix(".words.npz")) as stored:
+        return stored["words"].tobytes().decode().split(), stored["having"], stored["lengths"]
 
 
-def _blocks(pointers: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Ranges of words with at most BLOCK postings together, or of one word."""
-    first = 0
-    while first < len(pointers) - 1:
-        last = int(np.searchsorted(pointers, pointers[first] + BLOCK, side="right")) - 1
-        yield first, max(last, first + 1)
-        first = max(last, first + 1)
-
-
-def _block(
-    first: int, last: int, shards: list[Path], pointers: np.ndarray, idf: np.ndarray, norms: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (float32) and passages (int32) of the postings of words `first` to `last`: by word, then by passage."""
+def _block(first: int, last: int, parts: list[Path], pointers: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Passage, count and word of each posting of the words from `first` to `last`, in order of word and passage."""
     heads = pointers[first:last] - pointers[first]  # where the next posting of each word goes
-    scores = np.empty(pointers[last] - pointers[first], dtype="<f4")
-    rows = np.empty(len(scores), dtype="<i4")
-    for shard in shards:
-        table = np.load(_file(shard, "table.npy"), mmap_mode="r")
+    rows, counts = np.empty((2, pointers[last] - pointers[first]), dtype="<i4")
+    for part in parts:
+        table = np.load(part.with_suffix(".table.npy"), mmap_mode="r")
         numbers, having, starts = table[:, slice(*np.searchsorted(table[0], [first, last]))]
-        if not len(numbers):
-            continue
-        start, stop = starts[0], starts[-1] + having[-1]
-        row, count = np.load(_file(shard, "postings.npy"), mmap_mode="r")[:, start:stop]
-        spots = np.repeat(heads[numbers - first] - starts, having) + np.arange(start, stop)
-        scores[spots] = np.repeat(idf[numbers], having) * (count / (norms[row] + count))
-        rows[spots] = row
-        heads[numbers - first] += having
-    return scores, rows
+        if len(numbers):
+            start, stop = starts[0], starts[-1] + having[-1]
+            spots = np.repeat(heads[numbers - first] - starts, having) + np.arange(start, stop)
+            rows[spots], counts[spots] = np.load(part.with_suffix(".npy"), mmap_mode="r")[:, start:stop]
+            heads[numbers - first] += having
+    return rows, counts, np.repeat(np.arange(first, last), np.diff(pointers[first : last + 1]))
