@@ -58,14 +58,21 @@ def sum_up(runs: Sequence[Run], again: Path | None, command: str) -> dict[str, A
         if run.environment["versions"] != newest.environment["versions"]:
             raise RunError(f"{run.folder} and {newest.folder} were made with different versions; sum them up apart")
     younger = {name: field.default for name, field in Profile.model_fields.items() if not field.is_required()}
-    profiles = [younger | run.profile for run in runs]  # a setting younger than the run had its default there
-    keys = [key for key in profiles[0] if key not in ("seed", "name")]
-    varied = [key for key in keys if len({str(profile.get(key)) for profile in profiles}) > 1]
+    of = {arm: [younger | run.profile for run in its] for arm, its in arms.items()}  # a younger setting: its default
+
+    def differing(profiles: list[dict[str, Any]]) -> list[str]:
+        keys = [key for key in profiles[0] if key not in ("seed", "name")]
+        return [key for key in keys if len({str(profile.get(key)) for profile in profiles}) > 1]
+
+    for arm, profiles in of.items():
+        if keys := differing(profiles):
+            raise RunError(f"the runs of {arm} differ in {', '.join(keys)}: they are not one arm")
+    varied = differing([profiles[0] for profiles in of.values()])
     return {
         **{key: newest.environment[key] for key in ("date", "machine", "versions")},
         "command": command,
         "seeds": next(iter(seeds.values())),
-        "settings": {arm: {key: (younger | its[0].profile)[key] for key in varied} for arm, its in arms.items()},
+        "settings": {arm: {key: profiles[0].get(key) for key in varied} for arm, profiles in of.items()},
         "arms": {arm: [run_entry(run, again) for run in its] for arm, its in arms.items()},
     }
 
