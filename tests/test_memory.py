@@ -308,6 +308,25 @@ def test_a_server_that_writes_takes_nothing_here(real):
     assert memory_plan(profile.model_copy(update={"sampler": "vllm"}), shape).rollout == {}
 
 
+def test_an_encoder_takes_its_share_with_every_kind_of_vectors(real):
+    profile, shape = real
+    sizes = {
+        kind: memory_plan(profile.model_copy(update={"retriever": kind}), shape).fixed["encoder of dense retrieval"]
+        for kind in (
+            "bm25",
+            "empty",
+            "http://127.0.0.1:8000/retrieve",
+            "flat",
+            "hnsw",
+            "ivf-pq",
+            "faiss:SQ8",
+            "bm25+flat",
+        )
+    }
+    assert [kind for kind, size in sizes.items() if size] == ["flat", "hnsw", "ivf-pq", "faiss:SQ8", "bm25+flat"]
+    assert memory_plan(profile.model_copy(update={"reranker": "a"}), shape).fixed["reranker"] == memory.ENCODER
+
+
 def test_the_command_prints_the_table(capsys):
     main(["--profile", "tiny", "rollout_rows=8", "device=cpu"])
     printed = capsys.readouterr().out.splitlines()

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -60,13 +61,14 @@ class CorpusFile:
     @cached_property
     def lines_and_bytes(self) -> tuple[int, int]:
         """Of the file unpacked; counted, which takes a few seconds a gigabyte."""
-        lines = size = 0
-        block = b"\n"
-        with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
-            while more := file.read(1 << 22):
-                block = more
-                lines, size = lines + block.count(b"\n"), size + len(block)
-        return lines + (not block.endswith(b"\n")), size
+        lines, size, last = 0, 0, b"\n"
+        try:
+            with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    lines, size, last = lines + block.count(b"\n"), size + len(block), block[-1:]
+        except (OSError, EOFError, zlib.error) as error:
+            raise CorpusError(f"the corpus {self.path} cannot be read: {error}") from None
+        return lines + (last != b"\n"), size
 
 
 def build_index(
@@ -247,10 +249,10 @@ def _write_shards(
         marks -= mark.is_file()
         if not mark.is_file():
             if encoder:
-                from searchr1_lite.retrieval.dense import encode
+                from searchr1_lite.retrieval.dense import encode, write_vectors
 
                 vectors = encode(rows, encoder, dimension)
-                _put(work / f"vectors-{name}.npy", lambda file, vectors=vectors: np.save(file, vectors))
+                _put(work / f"vectors-{name}.npy", lambda file, vectors=vectors: write_vectors(vectors, file))
             _put(work / f"index/passages-{name}.arrow", lambda file, rows=rows: write_passages(rows, file))
             _put(mark, lambda file, its=its: write_json(file, its))
             new += len(rows)
@@ -258,10 +260,10 @@ def _write_shards(
             raise _changed(work, f"passages {done + 1:,} to {done + len(rows):,} are others now")
         done += len(rows)
         rate = new / (time.perf_counter() - begun)
-        left = f" of {total:,}" * bool(total)
+        said = f"passages: {done:,} of {total:,}" if total else f"passages: {done:,}"
         if total and rate:
-            left += f", {rate:,.0f} a second, {timedelta(seconds=round((total - done) / rate))} left"
-        progress(f"passages: {done:,}{left}")
+            said += f", {rate:,.0f} a second, {timedelta(seconds=round((total - done) / rate))} left"
+        progress(said)
     if marks:
         raise _changed(work, f"it ends after {done:,} passages now")
     if not done:

@@ -191,6 +191,12 @@ def _empty_file(index: faiss.Index) -> bytes:
     return faiss.serialize_index(index).tobytes()
 
 
+def write_vectors(vectors: np.ndarray, file: Path) -> None:
+    """A .npy file. Opened for writing alone, `np.save` (2.4) would not notice that the disk is full at its end."""
+    with file.open("w+b") as out:
+        np.save(out, vectors)
+
+
 def write_flat(index: faiss.Index, vectors: Vectors, file: Path) -> None:
     """FAISS's file of a flat index, without having it in memory: a header, the number of floats, and the floats."""
     head = bytearray(_empty_file(index))
