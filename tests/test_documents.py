@@ -71,8 +71,8 @@ def test_ids_are_paths_and_numbers_and_titles_come_from_the_document(tmp_path):
     write(
         tmp_path / "docs",
         b_txt=PROSE * 12,
-        a__z_md="```\n# no heading\n```\nfirst\n\n## The *real* one ##\n\n# Later\n",
-        a__y_MARKDOWN="Under lined\n===\ntext",
+        a__z_md="---\n# no heading\n---\n```\n# no heading\n```\nfirst\r\n\n## The *real* one ##\r\n\n# Later\n",
+        a__y_MARKDOWN="Under lined\r\n===\r\ntext",
         a__x_md="no heading at all, #tag",
         c_jsonl='{"title": "My  \\"own\\"\\ntitle", "text": "one"}\n{"text": "two"}\n{"contents": "\\"T\\"\\nthree"}\n'
         '{"contents": "no title here"}\n',
@@ -82,7 +82,7 @@ def test_ids_are_paths_and_numbers_and_titles_come_from_the_document(tmp_path):
     found = {passage.id: (passage.title, passage.text) for passage in corpus(tmp_path / "docs")}
     assert list(found)[:6] == ["a/x.md#1", "a/y.MARKDOWN#1", "a/z.md#1", "b.txt#1", "b.txt#2", "b.txt#3"]
     assert found["a/x.md#1"] == ("x.md", "no heading at all, #tag")
-    assert found["a/y.MARKDOWN#1"] == ("Under lined", "Under lined\n===\ntext")
+    assert found["a/y.MARKDOWN#1"] == ("Under lined", "Under lined\r\n===\r\ntext")
     assert found["a/z.md#1"][0] == "The *real* one"
     assert found["b.txt#1"][0] == "b.txt"
     assert " ".join(found[f"b.txt#{n}"][1] for n in (1, 2, 3)).split() == (PROSE * 12).split()

@@ -54,7 +54,10 @@ def service(*answers):
         def log_message(self, *_):
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Server(ThreadingHTTPServer):
+        request_queue_size = 64  # with the usual 5, connections made at once are dropped and made again a second later
+
+    server = Server(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/search", asked
@@ -172,7 +175,7 @@ ECHO = f'{{"error": "no such key: {KEY}", "url": "/search?api_key={IN_ADDRESS}",
     ("answer", "error", "says"),
     [
         ((401, ECHO), RetrieverDownError, r"HTTP 401 \(the key in STUB_KEY may be wrong\), after 1 attempts"),
-        ((403, ECHO), RetrieverDownError, r"HTTP 403 \(the key in STUB_KEY may be not allowed to\)"),
+        ((403, ECHO), RetrieverDownError, r"HTTP 403 \(the key in STUB_KEY may be not allowed this\)"),
         ((402, ECHO), RetrieverDownError, r"HTTP 402 \(the key in STUB_KEY may be out of quota\)"),
         ((429, ECHO), RetrieverDownError, r"HTTP 429 \(the key in STUB_KEY may be out of quota, or asked for too"),
         ((500, ECHO), RetrieverDownError, r"HTTP 500, after [1-9] attempts in at most 0.5 s"),

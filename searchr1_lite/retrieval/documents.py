@@ -24,11 +24,12 @@ from searchr1_lite.jsonl import read_rows, text_field
 from searchr1_lite.retrieval.corpus import join_contents, split_contents
 from searchr1_lite.types import Passage
 
-TEXT, MARKDOWN, HTML, ROWS = (".txt",), (".md", ".markdown"), (".html", ".htm"), (".jsonl", ".jsonl.gz")
-SUPPORTED = TEXT + MARKDOWN + HTML + ROWS
+MARKDOWN, HTML, ROWS = (".md", ".markdown"), (".html", ".htm"), (".jsonl", ".jsonl.gz")
+SUPPORTED = (".txt", *MARKDOWN, *HTML, *ROWS)
 WORDS = 100  # as DPR cut Wikipedia (arXiv 2004.04906, section 4.1)
-FENCED = re.compile(r"^ {0,3}(```|~~~).*?^ {0,3}\1", re.MULTILINE | re.DOTALL)  # "# ..." is no heading in there
-HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(\S.*?)[ \t#]*$|^(\S.*)\n=+[ \t]*$", re.MULTILINE)
+# "# ..." is no heading in the settings before a document or in code
+ASIDE = re.compile(r"\A---\s*$.*?^---\s*$|^ {0,3}(```|~~~).*?^ {0,3}\1", re.MULTILINE | re.DOTALL)
+HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(\S.*?)[ \t\r#]*$|^(\S.*)\n=+[ \t\r]*$", re.MULTILINE)
 
 
 class DocumentError(ValueError):
@@ -117,7 +118,7 @@ def _documents(file: Path) -> Iterator[tuple[str, str, str]]:
         yield str(file), *_page(file)
     else:
         text = _decoded(file, file.read_bytes(), "utf-8-sig")
-        heading = HEADING.search(FENCED.sub("", text)) if kind.endswith(MARKDOWN) else None
+        heading = HEADING.search(ASIDE.sub("", text)) if kind.endswith(MARKDOWN) else None
         yield str(file), heading[1] or heading[2] if heading else "", text
 
 

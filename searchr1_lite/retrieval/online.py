@@ -40,7 +40,7 @@ from searchr1_lite.types import Hit, Passage, QueryRefusedError
 
 AT_ONCE = 8  # requests
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-KEY_HINT = {401: "wrong", 402: "out of quota", 403: "not allowed to", 429: "out of quota, or asked for too often"}
+KEY_HINT = {401: "wrong", 402: "out of quota", 403: "not allowed this", 429: "out of quota, or asked for too often"}
 
 # httpx logs addresses and httpcore headers: nothing of a request that may carry a key
 _asking: ContextVar[bool] = ContextVar("asking", default=False)
