@@ -5,6 +5,7 @@
 # make saved    run the notebooks in place, as they are committed
 # make results  sum up and draw the runs of data/results/runs
 # make runs     make those runs again (three seeds, masked and unmasked)
+# make retrievers  train with every kind of retriever, from oracle to empty, three seeds each
 # make tiny-base  pretrain the tiny model again
 #
 # PYTHON=python3.12       another Python (3.11 or later)
@@ -18,7 +19,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 NOTEBOOK_SECONDS ?= 600
 
-.PHONY: tour test lab style notebooks saved runs results tiny-base constraints
+.PHONY: tour test lab style notebooks saved runs results retrievers tiny-base constraints
 .DELETE_ON_ERROR:
 
 tour: $(READY)
@@ -51,6 +52,17 @@ runs: $(READY)
 	for seed in 0 1 2; do for mask in masked unmasked; do $(PY) -m searchr1_lite.training \
 	  --run-folder data/results/runs/tiny-$$mask-seed$$seed seed=$$seed masked=$$([ $$mask = masked ] && echo true || echo false) \
 	  || exit 1; done; done
+
+# an arm is a name and its settings; each model is asked again with BM25, whatever it learned with
+ARMS := oracle:retriever=oracle bm25:retriever=bm25 curriculum:noise_end=0.5 noisy:noise_start=0.5,noise_end=0.5 \
+  random:retriever=random empty:retriever=empty
+BM25 := retriever=bm25 noise_start=0.0 noise_end=0.0
+retrievers: $(READY)
+	for seed in 0 1 2; do for arm in $(ARMS); do run=$${arm%%:*}-seed$$seed; \
+	  $(PY) -m searchr1_lite.training --run-folder runs/retrievers/$$run seed=$$seed $$(echo $${arm#*:} | tr , ' ') \
+	  && $(PY) -m searchr1_lite.evaluation --adapter runs/retrievers/$$run --out runs/retrievers-bm25/$$run \
+	  --decoding greedy $(BM25) || exit 1; done; done
+	$(PY) -m searchr1_lite.analysis.arms runs/retrievers/* --again runs/retrievers-bm25 --out data/results/retrievers.json
 
 PRETRAIN := .venv/bin/torchrun --nproc-per-node 2 -m searchr1_lite.pretraining.pretrain
 tiny-base: export OMP_NUM_THREADS = 1
