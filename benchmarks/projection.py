@@ -13,11 +13,16 @@ from typing import Any
 
 from footprint import BATCH
 
-from searchr1_lite.retrieval.dense import NPROBE, factory_of
+from searchr1_lite.retrieval.build import SHARD
+from searchr1_lite.retrieval.dense import NPROBE, disk_bytes, factory_of
 
 PASSAGES, DIMENSION = 21_015_324, 768  # wiki-18, e5-base-v2
 WORDS = 100  # of a passage of wiki-18: DPR's cut (arXiv 2004.04906, section 4.1)
 ITERATIONS = 10  # of k-means for an IVF's lists (FAISS 1.15.1, Level1Quantizer)
+CODE_ITERATIONS, CODE_SAMPLE = (
+    25,
+    65536,
+)  # of k-means for PQ's codes, and the most vectors it looks at (FAISS, Clustering)
 GRAPH = "nodes * (8 * m + 4 * m / (m - 1) + 12)"  # neighbours at the bottom and above, a level and an offset
 GROWS = {
     "bm25": "disk, build and search with the postings, so with passages (our search skips some: at most); vocabulary "
@@ -34,7 +39,7 @@ Numbers = dict[str, float]
 
 
 def evaluate(formula: str, inputs: Numbers) -> float:
-    return eval(formula, {"__builtins__": {}, "log": math.log, "min": min}, dict(inputs))
+    return eval(formula, {"__builtins__": {}, "log": math.log, "min": min, "max": max}, dict(inputs))
 
 
 def computed(formula: str, **inputs: float) -> dict[str, Any]:
@@ -83,15 +88,25 @@ def index_bytes(factory: str, passages: int, dimension: int) -> dict[str, Any]:
 
 
 def must_bytes(factory: str, passages: int, dimension: int) -> dict[str, Any]:
-    """Bytes that are read when the index is opened and not only mapped: centres of lists, codebooks, graphs."""
+    """Bytes that opening reads into memory: an IVF's centres and codebook. All else is mapped."""
     parts = parts_of(factory, passages, dimension)
-    formula = "codebook_bytes + lists * dimension * 4" if "lists" in parts else "codebook_bytes"
-    return computed(formula + f" + {GRAPH}" * ("m" in parts), **parts)
+    if "lists" not in parts:
+        return computed("0")
+    return computed("codebook_bytes + lists * dimension * 4" + f" + {GRAPH}" * ("m" in parts), **parts)
+
+
+def building_bytes(factory: str, passages: int, dimension: int) -> dict[str, Any]:
+    """Bytes that a build has at once: a shard of vectors, or the sample it learns from; of a graph all of it."""
+    parts = parts_of(factory, passages, dimension) | {"shard": min(SHARD, passages)}
+    if "nodes" in parts and "lists" not in parts:
+        return computed(f"passages * code_bytes + {GRAPH} + 8 * shard * dimension", **parts)
+    return computed("8 * dimension * max(shard, sample)" if "lists" in parts else "8 * dimension * shard", **parts)
 
 
 def build_work(parts: Numbers) -> str:
     if "lists" in parts:
-        return f"dimension * ({ITERATIONS} * sample * lists + passages * (lists + codes))"
+        lists, codes = f"{ITERATIONS} * sample * lists", f"{CODE_ITERATIONS} * min(sample, {CODE_SAMPLE}) * codes"
+        return f"dimension * ({lists} + {codes} + passages * (lists + codes))"
     return "dimension * passages * log(passages)" if "m" in parts else "dimension * passages"
 
 
@@ -147,7 +162,10 @@ def project_dense(kind: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "factory": factory,
         "disk_bytes": index_bytes(factory, PASSAGES, DIMENSION),
+        "disk_bytes_while_building": disk_bytes(kind, DIMENSION, PASSAGES),
+        "memory_bytes": index_bytes(factory, PASSAGES, DIMENSION),
         "anonymous_bytes": must_bytes(factory, PASSAGES, DIMENSION),
+        "anonymous_bytes_while_building": building_bytes(factory, PASSAGES, DIMENSION),
         "indexing_seconds": scaled(build_work(to), built["indexing_seconds"], of[id(built)], to),
         "seconds_a_query": {
             way: scaled(search_work(to), seconds, of[id(searched)], to)
@@ -170,22 +188,28 @@ def project_bm25(result: dict[str, Any], measured: dict[str, Any]) -> dict[str, 
         measured_passages=corpus["passages"],
         growth=corpus["growth_of_different_words"],
     )
+    disk = computed(
+        "passages * 8 * postings_a_passage * longer + different_words * bytes_a_word",
+        passages=PASSAGES,
+        postings_a_passage=corpus["postings_a_passage"],  # a score of 4 bytes and a passage's number of 4
+        longer=longer,
+        different_words=words["result"],
+        bytes_a_word=(measured["bytes"] - 8 * corpus["passages"] * corpus["postings_a_passage"])
+        / corpus["different_words"],
+    )
+    anonymous = computed(
+        "different_words * measured_bytes / measured_words + 4 * passages",
+        different_words=words["result"],
+        measured_bytes=max(0, memory["anonymous"]),
+        measured_words=corpus["different_words"],
+        passages=PASSAGES,
+    )
     return {
         "factory": None,
         "different_words": words,
-        "disk_bytes": computed(
-            "passages * 8 * postings_a_passage * longer",  # float32 score and int32 passage
-            passages=PASSAGES,
-            postings_a_passage=corpus["postings_a_passage"],
-            longer=longer,
-        ),
-        "anonymous_bytes": computed(
-            "different_words * measured_bytes / measured_words + 4 * passages",
-            different_words=words["result"],
-            measured_bytes=max(0, memory["anonymous"]),
-            measured_words=corpus["different_words"],
-            passages=PASSAGES,
-        ),
+        "disk_bytes": disk,
+        "memory_bytes": computed("mapped + anonymous", mapped=disk["result"], anonymous=anonymous["result"]),
+        "anonymous_bytes": anonymous,
         "indexing_seconds": scaled("passages * words", measured["indexing_seconds"], of, to),
         "seconds_a_query": {
             way: scaled("passages * words", seconds, of, to) for way, seconds in measured["seconds_a_query"].items()
@@ -195,15 +219,12 @@ def project_bm25(result: dict[str, Any], measured: dict[str, Any]) -> dict[str, 
     }
 
 
-def sizes_checked(found: dict[str, list[dict[str, Any]]], result: dict[str, Any]) -> list[dict[str, Any]]:
-    """The formulas for bytes on disk against each file that was made."""
+def sizes_checked(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The formulas for bytes on disk against each file that was made; not BM25's, which is fitted to it."""
     rows = []
     for kind, measured in found.items():
-        for point in (point for point in measured if not point.get("only_search")):
-            if kind == "bm25":
-                by_formula = 8 * point["passages"] * result["corpus"]["postings_a_passage"]
-            else:
-                by_formula = index_bytes(point["factory"], point["passages"], point["dimension"])["result"]
+        for point in (point for point in measured if point["factory"] and not point.get("only_search")):
+            by_formula = index_bytes(point["factory"], point["passages"], point["dimension"])["result"]
             row = {key: point[key] for key in ("on", "passages", "dimension", "factory")}
             sizes = {"formula": round(by_formula), "measured": point["bytes"], "ratio": by_formula / point["bytes"]}
             rows.append({"kind": kind} | row | sizes)
@@ -243,13 +264,13 @@ def project(result: dict[str, Any], million_file: Path | None = None) -> dict[st
             kinds[kind] = {"not_projected": str(error)}
             del found[kind]
     rate = next(value for name, value in result["encoding"].items() if name.startswith("passages_a_second"))
-    texts = fmean_bytes(result)
+    texts = text_bytes(result)
     return {
         "what": "projected, not measured",
         "passages": PASSAGES,
         "dimension": DIMENSION,
-        "memory": "anonymous_bytes must be had; the rest of disk_bytes is mapped, and what of it is looked at often "
-        "(all of it for flat and HNSW) should fit into memory too",
+        "memory": "anonymous_bytes must be had; the rest of memory_bytes is mapped, and what of it is looked at often "
+        "(all of it for flat and HNSW) should fit too, or the disk is waited for. Joined kinds need the sum of theirs.",
         "encoding_seconds_on_this_cpu": computed("passages / rate", passages=PASSAGES, rate=rate),
         "passages_on_disk_bytes": computed(
             "passages * bytes_a_passage * longer",
@@ -258,13 +279,13 @@ def project(result: dict[str, Any], million_file: Path | None = None) -> dict[st
             longer=WORDS / result["corpus"]["words_a_passage"],
         ),
         "kinds": kinds,
-        "sizes_checked": sizes_checked(found, result),
+        "sizes_checked": sizes_checked(found),
         "times_checked": times_checked(found),
         "million": "its sizes and times are used" if there else "not measured yet: run million.py first",
     }
 
 
-def fmean_bytes(result: dict[str, Any]) -> float:
+def text_bytes(result: dict[str, Any]) -> float:
     """Bytes of a passage in an index folder."""
     its = next(its for its in result["kinds"].values() if "disk_bytes" in its)
     return its["disk_bytes"]["passages"] / result["corpus"]["passages"]
@@ -284,7 +305,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     kinds = {kind: its for kind, its in result["kinds"].items() if "queries_a_second" in its}
-    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    figure, panels = pyplot.subplots(1, 3, figsize=(13, 4.4), layout="constrained")
     _draw_speed(panels[0], kinds)
     _draw_needed(panels[1], kinds)
     _draw_memory(panels[2], result, kinds)
@@ -294,6 +315,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def _bars(its: dict[str, float]) -> list[list[float]]:
     return [[its["mean"] - its["low"]], [its["high"] - its["mean"]]]
+
+
+def _legend(panel: Any, columns: int) -> None:
+    panel.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=columns)
 
 
 def _draw_speed(panel: Any, kinds: dict[str, Any]) -> None:
@@ -318,7 +343,9 @@ def _draw_speed(panel: Any, kinds: dict[str, Any]) -> None:
     panel.set_xlabel(f"queries a second (hollow: one by one; filled: batches of {BATCH})")
     panel.set_ylabel("recall@3 against flat")
     panel.set_title("approximate search", fontsize=10)
-    panel.legend(frameon=False, fontsize=8)
+    panel.xaxis.set_major_formatter("{x:,.0f}")
+    panel.xaxis.set_minor_formatter(lambda x, _: f"{x:,.0f}" if f"{x:.0e}"[0] == "3" else "")
+    _legend(panel, 3)
     panel.grid(alpha=0.3, which="both")
 
 
@@ -333,7 +360,7 @@ def _draw_needed(panel: Any, kinds: dict[str, Any]) -> None:
     panel.invert_yaxis()
     panel.set_xlabel("share of the supporting passages found")
     panel.set_title("what a question needs", fontsize=10)
-    panel.legend(frameon=False, fontsize=8)
+    _legend(panel, 2)
     panel.grid(alpha=0.3, axis="x")
 
 
@@ -343,12 +370,12 @@ def _draw_memory(panel: Any, result: dict[str, Any], kinds: dict[str, Any]) -> N
     names = [kind for kind in kinds if "disk_bytes" in projected.get(kind, {})]
     for row, kind in enumerate(names):
         measured = max(1, kinds[kind]["memory"]["bytes"]["resident"]) / 1e9
-        whole = projected[kind]["disk_bytes"]["result"] / 1e9
+        whole = projected[kind]["memory_bytes"]["result"] / 1e9
         panel.barh(row - 0.2, measured, 0.36, color="0.35", label="measured, resident" if row == 0 else None)
         label = "projected, all pages in memory" if row == 0 else None
         panel.barh(row + 0.2, whole, 0.36, color="0.85", edgecolor="0.3", hatch="///", label=label)
-        panel.text(measured * 1.15, row - 0.2, f"{measured:.3f}", va="center", fontsize=8)
-        panel.text(whole * 1.15, row + 0.2, f"{whole:.0f}", va="center", fontsize=8)
+        panel.text(measured * 1.15, row - 0.2, f"{measured:.2g}", va="center", fontsize=8)
+        panel.text(whole * 1.15, row + 0.2, f"{whole:.3g}", va="center", fontsize=8)
     panel.set_yticks(range(len(names)), names)
     panel.invert_yaxis()
     panel.set_xscale("log")
@@ -356,5 +383,5 @@ def _draw_memory(panel: Any, result: dict[str, Any], kinds: dict[str, Any]) -> N
     panel.set_xlabel("memory, GB of 10⁹ bytes")
     size = f"{result['corpus']['passages']:,} x {result['encoder']['dimension']}"
     panel.set_title(f"{size}, and 21,015,324 x 768", fontsize=10)
-    panel.legend(frameon=False, fontsize=8, loc="lower right")
+    _legend(panel, 2)
     panel.grid(alpha=0.3, axis="x")
