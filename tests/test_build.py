@@ -168,6 +168,32 @@ def test_a_corpus_that_changes_between_kill_and_resume_is_refused(changed, messa
     assert not (tmp_path / "index").exists()
 
 
+@pytest.mark.parametrize("kind", ["flat", "ivf-sq8", "bm25"])
+def test_what_an_unfinished_shard_left_is_not_taken_for_one(kind: str, tmp_path: Path, monkeypatch) -> None:
+    """Killed just before a shard's mark, or before the end; then the corpus has that shard no more, or one more."""
+    real = build.write_json
+
+    def killed(file: Path, value) -> None:
+        if file.name == "shard-00002.json":
+            raise KeyboardInterrupt
+        real(file, value)
+
+    monkeypatch.setattr(build, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "index", kind)
+    assert (tmp_path / "index.building/index/passages-00002.arrow").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "index", kind, made_passages(1000))
+    monkeypatch.undo()
+    shutil.copytree(tmp_path / "index.building", tmp_path / "more.building")
+    with pytest.raises(BuildError, match="whose corpus_checksum is"):
+        make(tmp_path / "more", kind, made_passages(1500))
+    make(tmp_path / "index", kind, made_passages(1000))
+    assert len(open_index(tmp_path / "index", None if kind == "bm25" else hash_encoder()).passages) == 1000
+
+
 def test_an_unfinished_build_of_something_else_is_not_mixed_in(tmp_path: Path) -> None:
     with pytest.raises(StoppedError):
         make(tmp_path / "index", "flat", stop_after(made_passages(600)))

@@ -17,9 +17,9 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from hashlib import blake2b
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +28,19 @@ from filelock import FileLock, Timeout
 
 from searchr1_lite.config import resolve_path
 from searchr1_lite.jsonl import read_rows, write_json
+from searchr1_lite.retrieval import encoders
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, passage_of
+from searchr1_lite.retrieval.encoders import Encoder
 from searchr1_lite.retrieval.manifest import MANIFEST, IndexMismatchError, check_index, write_manifest
 from searchr1_lite.retrieval.passages import Passages, write_passages
 from searchr1_lite.types import Passage
 
 if TYPE_CHECKING:  # the two kinds are imported where they are used: BM25 needs neither torch nor faiss
+    from searchr1_lite.retrieval import dense
     from searchr1_lite.retrieval.dense import DenseRetriever
-    from searchr1_lite.retrieval.encoders import Encoder
     from searchr1_lite.retrieval.sparse import BM25Retriever
 
+Say = Callable[[str], Any]
 SHARD = 50_000  # passages
 INDEX = "index.faiss"
 
@@ -75,9 +78,9 @@ def build_index(
     passages: Iterable[Passage],
     folder: str | Path,
     kind: str,
-    encoder: "Encoder | None" = None,
+    encoder: Encoder | None = None,
     shard: int = SHARD,
-    progress: Callable[[str], Any] = print,
+    progress: Say = print,
 ) -> None:
     """Make the index folder of a list of passages, a CorpusFile, or anything that gives passages in the same order.
 
@@ -105,43 +108,44 @@ def build_index(
         raise BuildError(f"{work}: another process is building this index; wait for it, or end it") from None
 
 
-def _make(
-    passages: Iterable[Passage],
-    work: Path,
-    kind: str,
-    encoder: "Encoder | None",
-    shard: int,
-    progress: Callable[[str], Any],
-) -> None:
+def _make(passages: Iterable[Passage], work: Path, kind: str, encoder: Encoder | None, shard: int, say: Say) -> None:
     """The folder `work`/index, whole."""
-    made, plan = work / "index", {"kind": kind}
+    plan, encode = {"kind": kind, "shard": shard}, None
     total = len(passages) if hasattr(passages, "__len__") else None
-    if kind != "bm25":
-        plan |= _dense_plan(kind, encoder, total)
-    with _writing(work):
-        _check_goes_on(work, plan | {"shard": shard})
-    if total:
-        _check_room(passages, total, plan, work, progress)
-    _write_shards(passages, total, work, encoder, plan.get("dimension"), shard, progress)
-    stored = Passages(sorted(made.glob("passages-*.arrow")))
     if kind == "bm25":
-        from searchr1_lite.retrieval.sparse import LIBRARIES, write_bm25
-
-        with _writing(work):
-            plan |= write_bm25(stored, work, made, shard, progress)
+        from searchr1_lite.retrieval import sparse
     else:
-        from searchr1_lite.retrieval.dense import LIBRARIES
+        from searchr1_lite.retrieval import dense
 
-        plan |= _assemble(kind, work, progress)
-    corpus = getattr(passages, "path", None)
+        if encoder is None:
+            raise BuildError(f"an index of kind {kind!r} needs an encoder")
+        dimension = dense.checked(encoder.encode_queries(["dimension"]), ["a query"], encoder, None).shape[1]
+        dense.new_index(kind, dimension, total or 10**6)  # one that cannot be made is refused before the long work
+        plan |= {"encoder": encoder.identity(), "dimension": dimension}
+        encode = partial(dense.encode, encoder=encoder, dimension=dimension)
+    _check_goes_on(work, plan)
+    if total:
+        _check_room(passages, total, plan, work, say)
+    shards = _write_shards(passages, total, work, encode, shard, say)
+    files = [work / f"index/passages-{i:05}.arrow" for i in range(shards)]
+    for left in set((work / "index").iterdir()) - set(files):  # by a killed call
+        left.unlink()
+    stored = Passages(files)
     plan |= {"corpus_checksum": corpus_checksum(stored), "passages": len(stored)}
+    _check_goes_on(work, plan)
+    if kind == "bm25":
+        with _writing(work):
+            plan |= sparse.write_bm25(stored, work, work / "index", shard, say)
+    else:
+        plan |= _assemble(kind, dense.Vectors([work / f"vectors-{i:05}.npy" for i in range(shards)]), work, say)
+    corpus = getattr(passages, "path", None)
     plan |= {"corpus": {"file": corpus.name, "bytes": corpus.stat().st_size} if corpus else None}
     with _writing(work):
-        write_manifest(made, plan, [*LIBRARIES, "pyarrow"])
+        write_manifest(work / "index", plan, [*(dense if encode else sparse).LIBRARIES, "pyarrow"])
 
 
 def open_index(
-    folder: str | Path, encoder: "Encoder | None" = None, verify: bool = True, expected: dict[str, Any] | None = None
+    folder: str | Path, encoder: Encoder | None = None, verify: bool = True, expected: dict[str, Any] | None = None
 ) -> "BM25Retriever | DenseRetriever":
     """The retriever of an index folder; its files are mapped into memory rather than read, as far as FAISS can.
 
@@ -157,9 +161,8 @@ def open_index(
 
         return BM25Retriever.open(folder, passages)
     from searchr1_lite.retrieval.dense import DenseRetriever, read_index
-    from searchr1_lite.retrieval.encoders import load_encoder
 
-    encoder = encoder or load_encoder(manifest["encoder"]["name"])
+    encoder = encoder or encoders.load_encoder(manifest["encoder"]["name"])
     identity = {key: value for key, value in encoder.identity().items() if key != "name"}  # a folder can be renamed
     check_index(folder, {"encoder": identity}, verify=False)
     index = read_index(folder / INDEX, manifest["lists"])
@@ -189,32 +192,21 @@ def _put(file: Path, write: Callable[[Path], Any]) -> None:
         os.replace(fresh, file)
 
 
-def _dense_plan(kind: str, encoder: "Encoder | None", total: int | None) -> dict[str, Any]:
-    """What the manifest says of vectors; an encoder or a kind that cannot be used is refused before the long work."""
-    from searchr1_lite.retrieval.dense import checked, new_index
-
-    if encoder is None:
-        raise BuildError(f"an index of kind {kind!r} needs an encoder")
-    dimension = checked(encoder.encode_queries(["dimension"]), ["a query"], encoder, None).shape[1]
-    new_index(kind, dimension, total or 10**6)
-    return {"encoder": encoder.identity(), "dimension": dimension}
-
-
 def _check_goes_on(work: Path, plan: dict[str, Any]) -> None:
+    """Raise BuildError where what is in the work folder was begun with another plan."""
     file = work / "plan.json"
-    begun = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else plan
-    if different := [key for key in plan if begun.get(key) != plan[key]]:
-        key = different[0]
-        raise BuildError(
-            f"{work} holds an unfinished index whose {key} is {begun.get(key)!r}, and now it is {plan[key]!r}; go on "
-            "with that, or delete the folder"
-        )
-    write_json(file, plan)
+    begun = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for key, value in plan.items():
+        if begun.get(key, value) != value:
+            raise BuildError(
+                f"{work} holds an unfinished index whose {key} is {begun[key]!r}, and now it is {value!r}; go on with "
+                "that, or delete the folder"
+            )
+    with _writing(work):
+        write_json(file, begun | plan)
 
 
-def _check_room(
-    passages: Iterable[Passage], total: int, plan: dict[str, Any], work: Path, progress: Callable[[str], Any]
-) -> None:
+def _check_room(passages: Iterable[Passage], total: int, plan: dict[str, Any], work: Path, say: Say) -> None:
     """Raise BuildError where the disk cannot hold what will be written."""
     text = passages.lines_and_bytes[1] if isinstance(passages, CorpusFile) else 0
     needed = 3 * text  # BM25's postings take about as much as the text, twice while it is built
@@ -224,50 +216,45 @@ def _check_room(
         needed = text + disk_bytes(plan["kind"], plan["dimension"], total)
     needed -= sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     free = shutil.disk_usage(work).free
-    progress(f"{total:,} passages; about {_gb(max(0, needed))} of disk needed while at work, {_gb(free)} are free")
+    say(f"{total:,} passages; about {_gb(max(0, needed))} of disk needed while at work, {_gb(free)} are free")
     if needed > free:
         raise BuildError(f"the index does not fit in {work.parent}; make room, or name another folder")
 
 
 def _write_shards(
-    passages: Iterable[Passage],
-    total: int | None,
-    work: Path,
-    encoder: "Encoder | None",
-    dimension: int | None,
-    shard: int,
-    progress: Callable[[str], Any],
-) -> None:
-    """Write each shard's passages, vectors and, when both are whole, its mark: the passages' checksum."""
+    passages: Iterable[Passage], total: int | None, work: Path, encode: Callable | None, shard: int, say: Say
+) -> int:
+    """Write each shard's passages, vectors and, when both are whole, its mark: the passages' checksum; how many."""
     source, done, new, begun = iter(passages), 0, 0, time.perf_counter()
-    seen = np.empty(0, np.uint64)
-    marks = len(list(work.glob("shard-*.json")))
-    while rows := list(islice(source, shard)):
-        name = f"{done // shard:05}"
+    seen, marks = np.empty(0, np.uint64), set(work.glob("shard-*.json"))
+    for i in count():
+        if not (rows := list(islice(source, shard))):
+            break
         seen = _check_ids(rows, done, seen)
-        mark, its = work / f"shard-{name}.json", {"passages": len(rows), "checksum": corpus_checksum(rows)}
-        marks -= mark.is_file()
-        if not mark.is_file():
-            if encoder:
-                from searchr1_lite.retrieval.dense import encode, write_vectors
+        mark, its = work / f"shard-{i:05}.json", {"passages": len(rows), "checksum": corpus_checksum(rows)}
+        if mark not in marks:
+            if encode:
+                from searchr1_lite.retrieval.dense import write_vectors
 
-                vectors = encode(rows, encoder, dimension)
-                _put(work / f"vectors-{name}.npy", lambda file, vectors=vectors: write_vectors(vectors, file))
-            _put(work / f"index/passages-{name}.arrow", lambda file, rows=rows: write_passages(rows, file))
-            _put(mark, lambda file, its=its: write_json(file, its))
+                _put(work / f"vectors-{i:05}.npy", partial(write_vectors, encode(rows)))
+            _put(work / f"index/passages-{i:05}.arrow", partial(write_passages, rows))
+            with _writing(work):
+                write_json(mark, its)
             new += len(rows)
         elif json.loads(mark.read_text(encoding="utf-8")) != its:
             raise _changed(work, f"passages {done + 1:,} to {done + len(rows):,} are others now")
+        marks.discard(mark)
         done += len(rows)
         rate = new / (time.perf_counter() - begun)
-        said = f"passages: {done:,} of {total:,}" if total else f"passages: {done:,}"
-        if total and rate:
-            said += f", {rate:,.0f} a second, {timedelta(seconds=round((total - done) / rate))} left"
-        progress(said)
+        left = (
+            f", {rate:,.0f} a second, {timedelta(seconds=round((total - done) / rate))} left" if total and rate else ""
+        )
+        say(f"passages: {done:,}" + (f" of {total:,}" if total else "") + left)
     if marks:
         raise _changed(work, f"it ends after {done:,} passages now")
     if not done:
         raise CorpusError("nothing to index: no passages")
+    return i
 
 
 def _changed(work: Path, how: str) -> BuildError:
@@ -290,49 +277,40 @@ def _check_ids(rows: list[Passage], before: int, seen: np.ndarray) -> np.ndarray
     return known
 
 
-def _assemble(kind: str, work: Path, progress: Callable[[str], Any]) -> dict[str, Any]:
-    """The index of all vectors, in the folder that will be renamed; what the manifest says of it."""
+def _assemble(kind: str, vectors: "dense.Vectors", work: Path, say: Say) -> dict[str, Any]:
+    """Write the index of all vectors to `work`/index; what the manifest says of it."""
     import faiss
 
     from searchr1_lite.retrieval import dense
 
-    vectors = dense.Vectors(sorted(work.glob("vectors-*.npy")))
     number, made, trained = len(vectors), work / "index" / INDEX, work / "trained.faiss"
     factory = dense.factory_of(kind, vectors.dimension, number)
     index = dense.new_index(kind, vectors.dimension, number)
-    if not index.is_trained and not trained.is_file():
-        progress(f"learning {factory} from a sample")
-        dense.train(index, vectors, factory)
-        _put(trained, lambda file: dense.write_faiss(index, file))
-    if trained.is_file():  # also when it has just been made: what a resumed build goes on from
+    if not index.is_trained:
+        if not trained.is_file():
+            say(f"learning {factory} from a sample")
+            dense.train(index, vectors, factory)
+            _put(trained, partial(dense.write_faiss, index))
         index = faiss.read_index(str(trained))
     lists = dense.has_lists(index)
     if isinstance(index, faiss.IndexFlat):
-        _put(made, lambda file: dense.write_flat(index, vectors, file))
+        _put(made, partial(dense.write_flat, index, vectors))
     elif lists:
-        parts = [_filled(i, block, work, progress) for i, block in enumerate(vectors.blocks())]
-        _put(made, lambda file: dense.write_lists(index, parts, number, file))
+        parts = []
+        for i, block in enumerate(vectors.blocks()):
+            parts.append(work / f"lists-{i:05}.faiss")
+            if not parts[-1].is_file():
+                part, start = faiss.read_index(str(trained)), i * dense.BLOCK
+                part.add_with_ids(block, np.arange(start, start + len(block)))
+                _put(parts[-1], partial(dense.write_faiss, part))
+                say(f"{start + len(block):,} of {number:,} vectors in their lists")
+        _put(made, partial(dense.write_lists, index, parts, number))
     else:
-        progress(f"adding {number:,} vectors")
+        say(f"adding {number:,} vectors")
         dense.add(index, vectors)
-        _put(made, lambda file: dense.write_faiss(index, file))
+        _put(made, partial(dense.write_faiss, index))
     _check_vectors(work, dense.read_index(made, lists), number, vectors.dimension)
     return {"factory": factory, "metric": "inner product", "lists": lists, "search": dense.settings_of(index)}
-
-
-def _filled(i: int, block: np.ndarray, work: Path, progress: Callable[[str], Any]) -> Path:
-    """The trained index with one block of vectors in its lists, as a file."""
-    import faiss
-
-    from searchr1_lite.retrieval.dense import BLOCK, write_faiss
-
-    file = work / f"lists-{i:05}.faiss"
-    if not file.is_file():
-        index = faiss.read_index(str(work / "trained.faiss"))
-        index.add_with_ids(block, np.arange(i * BLOCK, i * BLOCK + len(block)))
-        _put(file, lambda to: write_faiss(index, to))
-        progress(f"{i * BLOCK + len(block):,} vectors in their lists")
-    return file
 
 
 def _check_vectors(folder: Path, index: Any, number: int, dimension: int) -> None:
@@ -358,11 +336,7 @@ def main() -> None:
     if args.shard < 1:
         parser.error("--shard must be 1 or more")
     try:
-        encoder = None
-        if args.kind != "bm25":
-            from searchr1_lite.retrieval.encoders import load_encoder
-
-            encoder = load_encoder(args.encoder)
+        encoder = None if args.kind == "bm25" else encoders.load_encoder(args.encoder)
         build_index(CorpusFile(args.corpus), args.out, args.kind, encoder, args.shard)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

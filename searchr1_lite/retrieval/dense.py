@@ -139,6 +139,11 @@ def new_index(kind: str, dimension: int, number: int) -> faiss.Index:
         index.hnsw.efConstruction, index.hnsw.efSearch = EF_CONSTRUCTION, EF_SEARCH
     if ivf := faiss.try_extract_index_ivf(index):
         ivf.nprobe = min(NPROBE, ivf.nlist)
+        graph = faiss.downcast_index(ivf.quantizer)
+        if isinstance(graph, faiss.IndexHNSW):
+            graph.hnsw.efConstruction, graph.hnsw.efSearch = EF_CONSTRUCTION, EF_SEARCH
+        if isinstance(index, faiss.IndexIVFPQ):
+            index.pq.cp.min_points_per_centroid = 1  # FAISS warns once for each byte of the code
     return index
 
 

@@ -19,8 +19,7 @@ class IndexMismatchError(ValueError):
 
 def write_manifest(folder: Path, manifest: dict[str, Any], libraries: list[str]) -> None:
     """Add what every manifest has: format, versions of `libraries`, bytes and SHA-256 of each file in the folder."""
-    made = [file for file in sorted(folder.iterdir()) if not file.name.startswith(MANIFEST)]  # left by a killed call
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in made}
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
     versions = {library: version(library) for library in libraries}
     manifest = {"format": FORMAT} | manifest | {"files": files, "versions": versions}
     write_json(folder / MANIFEST, manifest | {"manifest_sha256": _digest(manifest)})
