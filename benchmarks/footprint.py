@@ -60,7 +60,10 @@ def memory() -> dict[str, int]:
 
 
 class Watch:
-    """The most memory that the process had while the `with` block ran, looked at every 20 ms."""
+    """The most memory that the process had while the `with` block ran, looked at every 20 ms.
+
+    `ru_maxrss` is noted too; it begins with what the process that started this one had.
+    """
 
     def __enter__(self) -> "Watch":
         self.most, self.done = memory(), threading.Event()

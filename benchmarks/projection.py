@@ -23,6 +23,7 @@ CODE_ITERATIONS, CODE_SAMPLE = (
     25,
     65536,
 )  # of k-means for PQ's codes, and the most vectors it looks at (FAISS, Clustering)
+COPIES = 3  # of the sample that lists and codes are learned from: as read, in one piece, and less its lists' centres
 GRAPH = "nodes * (8 * m + 4 * m / (m - 1) + 12)"  # neighbours at the bottom and above, a level and an offset
 GROWS = {
     "bm25": "disk, build and search with the postings, so with passages (our search skips some: at most); vocabulary "
@@ -99,8 +100,8 @@ def building_bytes(factory: str, passages: int, dimension: int) -> dict[str, Any
     """Bytes that a build has at once: a shard of vectors, or the sample it learns from; of a graph all of it."""
     parts = parts_of(factory, passages, dimension) | {"shard": min(SHARD, passages)}
     if "nodes" in parts and "lists" not in parts:
-        return computed(f"passages * code_bytes + {GRAPH} + 8 * shard * dimension", **parts)
-    return computed("8 * dimension * max(shard, sample)" if "lists" in parts else "8 * dimension * shard", **parts)
+        return computed(f"passages * code_bytes + {GRAPH} + {COPIES} * 4 * dimension * shard", **parts)
+    return computed(f"{COPIES} * 4 * dimension * max(shard, sample)", **{"sample": 0} | parts)
 
 
 def build_work(parts: Numbers) -> str:
@@ -130,6 +131,7 @@ def points(result: dict[str, Any], million: dict[str, Any]) -> dict[str, list[di
     for kind, its in million.get("kinds", {}).items():
         point = _point(its, "synthetic vectors", million["vectors"], million["dimension"])
         point["seconds_a_query"] = {way: 1 / rate for way, rate in its["queries_a_second"].items()}
+        point["building_bytes"] = its["build"]["most_bytes"]["anonymous"]
         found.setdefault(kind, []).append(point)
     large = result.get("flat_search_beyond_cache")
     if large and "flat" in found:
@@ -231,6 +233,17 @@ def sizes_checked(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]
     return rows
 
 
+def building_checked(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The formula for memory while building, which leaves the libraries' own out, against the processes that built."""
+    rows = []
+    for kind, point in ((kind, point) for kind, measured in found.items() for point in measured):
+        if "building_bytes" in point:
+            by_formula = building_bytes(point["factory"], point["passages"], point["dimension"])["result"]
+            row = {"kind": kind, "passages": point["passages"], "formula": by_formula}
+            rows.append(row | {"measured": point["building_bytes"], "ratio": by_formula / point["building_bytes"]})
+    return rows
+
+
 def times_checked(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The formulas for time from the smaller index to the larger one, where both were measured."""
     rows = []
@@ -280,6 +293,7 @@ def project(result: dict[str, Any], million_file: Path | None = None) -> dict[st
         ),
         "kinds": kinds,
         "sizes_checked": sizes_checked(found),
+        "building_memory_checked": building_checked(found),
         "times_checked": times_checked(found),
         "million": "its sizes and times are used" if there else "not measured yet: run million.py first",
     }
