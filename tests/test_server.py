@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 from conftest import OverlapRetriever, original
 from hypothesis import given, settings
@@ -289,6 +290,28 @@ def test_health_and_metrics():
         assert metric(url, "searchr1_batch_queries_sum") == 3
         assert metric(url, "searchr1_request_seconds_count") == 3
         assert metric(url, 'searchr1_request_seconds_bucket{le="30.0"}') == 3
+
+
+# Encoding on several threads
+
+
+def test_an_encoder_on_threads_gives_each_query_its_own_vector():
+    """Of a stub that knows lengths; never more than PART queries at once, and those of similar length."""
+    parts = []
+
+    def encode_queries(queries):
+        parts.append([len(query) for query in queries])
+        return np.array([[len(query), ord(query[0])] for query in queries], dtype=np.float32)
+
+    threaded = server.ThreadedEncoder(SimpleNamespace(name="stub", encode_queries=encode_queries))
+    for number in (1, 7, 8, 9, 50):
+        queries = [chr(97 + i % 26) * (1 + i * 7 % 50) for i in range(number)]
+        parts.clear()
+        assert threaded.encode_queries(queries).tolist() == [[len(query), ord(query[0])] for query in queries]
+        lengths = [length for part in sorted(parts, reverse=True) for length in part]
+        assert lengths == sorted(map(len, queries), reverse=True)
+        assert max(map(len, parts)) <= server.PART and len(parts) == -(-number // server.PART)
+    assert threaded.name == "stub"
 
 
 # The command
