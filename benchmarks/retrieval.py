@@ -390,7 +390,7 @@ def measure_all(given: argparse.Namespace) -> dict[str, Any]:
 
     part("flat_search", flat_batches(vectors, asked, sizes, rounds))
     if given.large:
-        part("flat_search_beyond_cache", beyond_cache(given.large, sizes, rounds))
+        part("flat_search_beyond_cache", beyond_cache(given.large, sizes, min(rounds, 3)))  # it is slow
     part("bm25", bm25_peers(passages, texts[: given.peer_queries], rounds))
     some = (given.kinds, passages, vectors, questions, asked, encoder, rounds, given.reranker)
     part("kinds", measure_kinds(*some))
