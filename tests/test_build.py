@@ -361,6 +361,26 @@ def test_a_full_disk_is_one_clear_error_and_the_build_goes_on(kind: str, tmp_pat
     assert files_of(make(tmp_path / "index", kind, passages, 100)) == files_of(whole)
 
 
+def test_a_disk_that_is_full_at_the_end_of_an_array_is_noticed(tmp_path: Path) -> None:
+    """`np.save` loses the last bytes without a word, where it can write to the file by itself."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64_026, limits[1]))
+        with pytest.raises(OSError, match="File too large"):
+            dense.write_vectors(np.zeros((500, 32), np.float32), tmp_path / "vectors.npy")  # 64,128 bytes
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_killed_after_the_renaming_it_only_clears_up(tmp_path: Path) -> None:
+    before = files_of(make(tmp_path / "index", "flat"))
+    (tmp_path / "index.building").mkdir()
+    (tmp_path / "index.building/plan.json").write_text("{}")
+    assert files_of(make(tmp_path / "index", "flat")) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path):
     disk = tmp_path / "disk"
