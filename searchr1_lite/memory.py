@@ -106,7 +106,8 @@ def _fixed(profile: Profile, shape: Shape) -> dict[str, float]:
 
 def _encodes(profile: Profile) -> bool:
     """Whether any of the retrievers searches vectors in this process; an index folder is taken to do so."""
-    return any(part.startswith(("flat", "hnsw", "ivf-", "faiss:", "index:")) for part in retriever_parts(profile.retriever))
+    vectors = ("flat", "hnsw", "ivf-", "faiss:", "index:")
+    return any(part.startswith(vectors) for part in retriever_parts(profile.retriever))
 
 
 def nf4_bytes(parameters: int) -> float:
