@@ -486,7 +486,8 @@ def test_a_search_that_fails_ends_its_own_row(tokenizer, retriever, profile, err
     with pytest.warns(UserWarning, match="1 of 2 trajectories ended because a search failed"):
         found, failed = rollout(policy, QUESTIONS[:2], Fails(retriever.passages, {"gone": error}), profile, greedy=True)
     assert (found.turns, found.search_failed) == (whole[0].turns, False)
-    assert (failed.stop_reason, failed.finished, failed.search_failed) == ("search failed", False, True)
+    reason = "search failed" if isinstance(error, ConnectionError) else "search refused"
+    assert (failed.stop_reason, failed.finished, failed.search_failed) == (reason, False, True)
     assert failed.turns[-1] == Turn(f"{waits}<search>gone</search>", "search", "gone")
     assert sum(failed.loss_mask) == len(failed.completion_ids)
 

@@ -42,7 +42,7 @@ from searchr1_lite.training.__main__ import ERRORS, setting
 from searchr1_lite.training.checkpoints import RunFolderError, check_same_run, fingerprint, is_finished, read_json
 from searchr1_lite.training.grpo import held_out
 from searchr1_lite.training.recording import environment
-from searchr1_lite.types import Question
+from searchr1_lite.types import Question, RetrievalError
 
 DECODINGS = {"greedy": ["greedy"], "sampled": ["sampled"], "both": ["greedy", "sampled"]}
 ROWS, MARK = "trajectories.jsonl.gz", "progress.json"
@@ -92,6 +92,9 @@ def _answer(out: Path, policy: Policy, questions: list[Question], profile: Profi
 
         def keep(trajectory: Trajectory, name: str = name) -> None:
             nonlocal answered
+            if trajectory.stop_reason == "search failed":  # a retriever that is there again may well find something
+                question = trajectory.question.id
+                raise RetrievalError(f"question {question}: its search failed; the same command goes on from {out}")
             answered += 1
             waiting.append(scored_row(trajectory, phase="evaluation", decoding=name))
             if len(waiting) < profile.rollout_rows and answered % len(questions):
@@ -162,7 +165,10 @@ def main(arguments: list[str] | None = None) -> None:
         for name, one in ({"all": result[decoding]} | (sets if len(sets) > 1 else {})).items():
             low, high = one["exact_match_interval"]
             score = f"exact match {one['exact_match']:.3f} [{low:.3f}, {high:.3f}], F1 {one['f1']:.3f}"
-            print(f"{decoding}, {name}: {one['questions']} questions, {score}, {one['mean_searches']:.2f} searches")
+            searches = f"{one['mean_searches']:.2f} searches"
+            if one["failed_searches"]:
+                searches += f"; left out, since a query was refused: {one['failed_searches']}"
+            print(f"{decoding}, {name}: {one['questions']} questions, {score}, {searches}")
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def scored_row(trajectory: Trajectory, **extra: Any) -> dict[str, Any]:
 
 def figures(row: dict[str, Any]) -> dict[str, Any]:
     """The little of a scored row that a summary needs; the texts, which would fill the memory, are left behind."""
-    more = {"hops": row["question"]["metadata"].get("hops"), "failed": row["stop_reason"] == "search failed"}
+    more = {"hops": row["question"]["metadata"].get("hops"), "failed": row["stop_reason"].startswith("search ")}
     return {name: row[name] for name in FIGURES} | more
 
 

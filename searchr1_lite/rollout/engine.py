@@ -81,7 +81,8 @@ def rollout(
     the question's id and the copy's number, so what it writes does not depend on the rows beside it (but for
     rounding). `logprobs` are at that temperature. Greedy takes the likeliest token; its `logprobs` are at 1.
     `done` gets each trajectory, in order, as soon as it and all before it are ready.
-    A trajectory whose search fails for good ends there (`stop_reason` "search failed") and a warning counts them.
+    A trajectory whose search fails for good ends there (`stop_reason` "search failed", or "search refused" where the
+    retriever does not take the query) and a warning counts them.
     Raises PromptTooLongError, ConfigError where not even one group has room, and RetrievalError where no search came
     back at all, or as many in a row failed as rows are written at a time: the retriever is gone then.
     """
@@ -231,7 +232,7 @@ class _Loop:
                 raise error
         if error is not None:
             self.failed += 1
-            self._close(number, "search failed")
+            self._close(number, "search refused" if isinstance(error, QueryRefusedError) else "search failed")
         return error is not None
 
     def _close(self, number: int, reason: str) -> None:

@@ -33,7 +33,7 @@ class Trajectory:
     `loss_mask` is 1 where the policy wrote the token and 0 where the environment did; TRL calls it `env_mask`,
     Search-R1 `info_mask`. `logprobs` are of the sampled tokens at the sampling temperature, 0.0 where the mask is 0.
     `finished` is True when the model gave an answer; `stop_reason` is "answer", "turns" (its last turn held no
-    answer), "context" (the next turn would not have fitted the context) or "search failed".
+    answer), "context" (the next turn would not have fitted the context), "search failed" or "search refused".
     """
 
     question: Question
@@ -71,7 +71,7 @@ class Trajectory:
     @property
     def search_failed(self) -> bool:
         """Its last search failed for good: what it would have come to is not known, and nobody learns from it."""
-        return self.stop_reason == "search failed"
+        return self.stop_reason in ("search failed", "search refused")
 
     @property
     def invalid_actions(self) -> int:
