@@ -112,6 +112,7 @@ def test_vectors_of_other_passages_are_refused(tmp_path):
     file = tmp_path / "vectors.npy"
     encoder = ["--encoder", str(make_tiny_e5(tmp_path / "e5"))]
     given = ["--corpus", "toy", "--questions", str(ROOT / "data/toy/questions.jsonl"), "--vectors", str(file), *encoder]
+    given += ["--quick", "--out", str(tmp_path / "out.json")]
     np.save(file, np.zeros((499, 16), np.float32))
     with pytest.raises(SystemExit, match="float32 rows for 500 passages are needed"):
         benchmark.main(given)
