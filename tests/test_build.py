@@ -305,6 +305,45 @@ def test_what_cannot_be_indexed_is_refused(kind: str, number: int, message: str,
     assert not (tmp_path / "index").exists()
 
 
+@pytest.mark.parametrize("kind", ["flat", "ivf-sq8"])
+@pytest.mark.parametrize("suffix", ["index", "npy"])
+def test_vectors_that_are_there_are_taken_over(kind: str, suffix: str, tmp_path: Path) -> None:
+    """The same index, without encoding more than a few passages of each shard."""
+    passages, whole = made_passages(NUMBER), make(tmp_path / "whole", kind)
+    file = tmp_path / f"vectors.{suffix}"
+    vectors = hash_encoder().encode_passages(passages)
+    if suffix == "npy":
+        np.save(file, vectors)
+    else:
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        index.add(vectors)
+        faiss.write_index(index, str(file))
+    encoder = hash_encoder()
+    build_index(passages, tmp_path / "taken", kind, encoder, 500, quiet, vectors=file)
+    assert len(encoder.model.texts) == 1 + 3 * 4  # one for the dimension, four a shard
+    same = {name: its for name, its in files_of(tmp_path / "taken").items() if name != "manifest.json"}
+    assert same == {name: its for name, its in files_of(whole).items() if name != "manifest.json"}
+    assert json.loads((tmp_path / "taken/manifest.json").read_text())["vectors_taken_from"] == file.name
+
+
+def test_vectors_of_something_else_are_not_taken_over(tmp_path: Path) -> None:
+    passages, file = made_passages(NUMBER), tmp_path / "vectors.npy"
+    vectors = hash_encoder().encode_passages(passages)
+    wrong = {
+        "1,199 vectors": vectors[1:],
+        "is an array of 1,200": vectors.astype(np.float64),
+        r"\['id500', .* other vectors": np.concatenate([vectors[:500], vectors[501:], vectors[:1]]),
+        "other vectors": hash_encoder(16).encode_passages(passages),
+    }
+    for number, (message, rows) in enumerate(wrong.items()):
+        np.save(file, rows)
+        with pytest.raises(CorpusError, match=message):
+            build_index(passages, tmp_path / str(number), "flat", hash_encoder(), 500, quiet, vectors=file)
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(CorpusError, match="no whole"):
+        build_index(passages, tmp_path / "cut", "flat", hash_encoder(), 500, quiet, vectors=file)
+
+
 def test_ids_are_used_once(tmp_path: Path) -> None:
     passages = made_passages(NUMBER)
     with pytest.raises(CorpusError, match="passage 1,101 of the corpus has the id 'id3', which one before it has"):

@@ -243,7 +243,7 @@ def test_an_index_that_does_not_belong_is_refused_before_the_long_work(made, enc
     write_rows(tmp_path / "short.jsonl", ROWS[:-1])
     write_index(tmp_path / "short.index", tmp_path / "short.jsonl", encoder)
     said = made("--index", tmp_path / "short.index")
-    assert "short.index is a IndexFlatIP of 11 vectors" in said and "of 12 is needed" in said
+    assert "short.index is an IndexFlatIP of 11 vectors" in said and "of 12 is needed" in said
     (tmp_path / "cut.index").write_bytes((tmp_path / "short.index").read_bytes()[:-1])
     assert "cut.index is no whole FAISS index" in made("--index", tmp_path / "cut.index")
     assert "no whole FAISS index" in made("--index", tmp_path / "missing.index")
@@ -258,11 +258,11 @@ def test_an_index_in_another_order_is_refused(made, encoder, tmp_path) -> None:
     write_rows(tmp_path / "turned.jsonl", ROWS[1:] + ROWS[:1])
     write_index(tmp_path / "turned.index", tmp_path / "turned.jsonl", encoder)
     said = made("--index", tmp_path / "turned.index")
-    assert "error: the encoder 'intfloat/e5-base-v2' gives passages" in said and "not in the corpus's order" in said
+    assert "have other vectors than the encoder gives them" in said and "not in the corpus's order" in said
     narrow = faiss.IndexFlatIP(8)
     narrow.add(np.ones((12, 8), dtype=np.float32))
     faiss.write_index(narrow, str(tmp_path / "narrow.index"))
-    assert "it is of another encoder" in made("--index", tmp_path / "narrow.index")
+    assert "these are of another encoder" in made("--index", tmp_path / "narrow.index")
     assert not (tmp_path / "sub/subset.json").exists()
 
 

@@ -81,12 +81,15 @@ def build_index(
     encoder: Encoder | None = None,
     shard: int = SHARD,
     progress: Say = print,
+    vectors: str | Path | None = None,
 ) -> None:
     """Make the index folder of a list of passages, a CorpusFile, or anything that gives passages in the same order.
 
     `kind`: "bm25", "flat", "hnsw", "ivf-sq8", "ivf-pq" or "faiss:<factory string>"; all but the first need an encoder.
-    The same call goes on where a killed one stopped, and refuses a corpus that has changed since. Memory holds one
-    shard and, for "hnsw" and what FAISS cannot fill from disk, the index. Raises BuildError, CorpusError, EncoderError.
+    `vectors`: a flat FAISS index or .npy file with those of all passages, in order, to take over; of each shard a few
+    passages are encoded to see that they agree. The same call goes on where a killed one stopped, and refuses a corpus
+    that has changed since. Memory holds one shard and, for "hnsw" and what FAISS cannot fill from disk, the index.
+    Raises BuildError, CorpusError, EncoderError.
     """
     folder = Path(folder)
     work = folder.with_name(f"{folder.name}.building")
@@ -100,7 +103,7 @@ def build_index(
         made.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(work / "lock", timeout=0):
-            _make(passages, work, kind, encoder, shard, progress)
+            _make(passages, work, kind, encoder, shard, progress, vectors and Path(vectors))
             with _writing(folder):
                 os.replace(made, folder)
             shutil.rmtree(work)
@@ -108,9 +111,17 @@ def build_index(
         raise BuildError(f"{work}: another process is building this index; wait for it, or end it") from None
 
 
-def _make(passages: Iterable[Passage], work: Path, kind: str, encoder: Encoder | None, shard: int, say: Say) -> None:
+def _make(
+    passages: Iterable[Passage],
+    work: Path,
+    kind: str,
+    encoder: Encoder | None,
+    shard: int,
+    say: Say,
+    vectors: Path | None,
+) -> None:
     """The folder `work`/index, whole."""
-    plan, encode = {"kind": kind, "shard": shard}, None
+    plan, encode, taken = {"kind": kind, "shard": shard}, None, None
     total = len(passages) if hasattr(passages, "__len__") else None
     if kind == "bm25":
         from searchr1_lite.retrieval import sparse
@@ -123,10 +134,13 @@ def _make(passages: Iterable[Passage], work: Path, kind: str, encoder: Encoder |
         dense.new_index(kind, dimension, total or 10**6)  # one that cannot be made is refused before the long work
         plan |= {"encoder": encoder.identity(), "dimension": dimension}
         encode = partial(dense.encode, encoder=encoder, dimension=dimension)
+        if vectors:
+            plan |= {"vectors_taken_from": vectors.name}
+            taken = dense.stored_vectors(vectors, total)
     _check_goes_on(work, plan)
     if total:
         _check_room(passages, total, plan, work, say)
-    shards = _write_shards(passages, total, work, encode, shard, say)
+    shards = _write_shards(passages, total, work, encode, taken, shard, say)
     files = [work / f"index/passages-{i:05}.arrow" for i in range(shards)]
     for left in set((work / "index").iterdir()) - set(files):  # by a killed call
         left.unlink()
@@ -137,7 +151,8 @@ def _make(passages: Iterable[Passage], work: Path, kind: str, encoder: Encoder |
         with _writing(work):
             plan |= sparse.write_bm25(stored, work, work / "index", shard, say)
     else:
-        plan |= _assemble(kind, dense.Vectors([work / f"vectors-{i:05}.npy" for i in range(shards)]), work, say)
+        parts = [work / f"vectors-{i:05}.npy" for i in range(shards)] if taken is None else [taken]
+        plan |= _assemble(kind, dense.Vectors(parts), work, say)
     corpus = getattr(passages, "path", None)
     plan |= {"corpus": {"file": corpus.name, "bytes": corpus.stat().st_size} if corpus else None}
     with _writing(work):
@@ -214,6 +229,7 @@ def _check_room(passages: Iterable[Passage], total: int, plan: dict[str, Any], w
         from searchr1_lite.retrieval.dense import disk_bytes
 
         needed = text + disk_bytes(plan["kind"], plan["dimension"], total)
+        needed -= total * 4 * plan["dimension"] if "vectors_taken_from" in plan else 0
     needed -= sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
     free = shutil.disk_usage(work).free
     say(f"{total:,} passages; about {_gb(max(0, needed))} of disk needed while at work, {_gb(free)} are free")
@@ -222,9 +238,18 @@ def _check_room(passages: Iterable[Passage], total: int, plan: dict[str, Any], w
 
 
 def _write_shards(
-    passages: Iterable[Passage], total: int | None, work: Path, encode: Callable | None, shard: int, say: Say
+    passages: Iterable[Passage],
+    total: int | None,
+    work: Path,
+    encode: Callable | None,
+    taken: np.ndarray | None,
+    shard: int,
+    say: Say,
 ) -> int:
-    """Write each shard's passages, vectors and, when both are whole, its mark: the passages' checksum; how many."""
+    """Write each shard's passages, vectors and, when both are whole, its mark: the passages' checksum; how many.
+
+    Vectors that are `taken` over stay where they are.
+    """
     source, done, new, begun = iter(passages), 0, 0, time.perf_counter()
     seen, marks = np.empty(0, np.uint64), set(work.glob("shard-*.json"))
     for i in count():
@@ -234,9 +259,12 @@ def _write_shards(
         mark, its = work / f"shard-{i:05}.json", {"passages": len(rows), "checksum": corpus_checksum(rows)}
         if mark not in marks:
             if encode:
-                from searchr1_lite.retrieval.dense import write_vectors
+                from searchr1_lite.retrieval.dense import check_agreement, write_vectors
 
-                _put(work / f"vectors-{i:05}.npy", partial(write_vectors, encode(rows)))
+                if taken is None:
+                    _put(work / f"vectors-{i:05}.npy", partial(write_vectors, encode(rows)))
+                else:
+                    check_agreement(taken[done : done + len(rows)], rows, encode)
             _put(work / f"index/passages-{i:05}.arrow", partial(write_passages, rows))
             with _writing(work):
                 write_json(mark, its)
@@ -331,13 +359,14 @@ def main() -> None:
     parser.add_argument("--kind", required=True, help="bm25, flat, hnsw, ivf-sq8, ivf-pq or faiss:<factory string>")
     parser.add_argument("--encoder", default="minilm", help="'minilm', a hub name or a folder; not for bm25")
     parser.add_argument("--out", required=True, help="the folder to make")
+    parser.add_argument("--vectors", help="a flat FAISS index or .npy of the passages' vectors, instead of encoding")
     parser.add_argument("--shard", type=int, default=SHARD, help="passages in memory at once")
     args = parser.parse_args()
     if args.shard < 1:
         parser.error("--shard must be 1 or more")
     try:
         encoder = None if args.kind == "bm25" else encoders.load_encoder(args.encoder)
-        build_index(CorpusFile(args.corpus), args.out, args.kind, encoder, args.shard)
+        build_index(CorpusFile(args.corpus), args.out, args.kind, encoder, args.shard, vectors=args.vectors)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

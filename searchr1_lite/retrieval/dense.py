@@ -5,7 +5,7 @@ The kinds, and their figures on 15,011 real passages, are in data/results/retrie
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ BLOCK = 65_536  # vectors added to an index at once
 EF_CONSTRUCTION, EF_SEARCH = 100, 64  # recall@3 0.995 of flat's on 15,011 passages of HotpotQA with MiniLM's vectors
 NPROBE = 64  # lists looked into
 MAX_LISTS = 16_384
+SAME = 0.95  # cosine of a passage with itself, encoded in fp16 and in fp32, is above; that of two passages is below
 EMPTY_LISTS = 32  # bytes at the end of FAISS's file: "ilar", lists, bytes a code, and "sprs" with none
 
 
@@ -202,6 +203,39 @@ def write_vectors(vectors: np.ndarray, file: Path) -> None:
         np.save(out, vectors)
 
 
+def stored_vectors(file: Path, number: int | None) -> np.ndarray:
+    """(number, dimension) float32 of a flat FAISS index or a .npy file, left on disk; raises CorpusError."""
+    try:
+        if file.suffix == ".npy":
+            vectors, kind = np.load(file, mmap_mode="r"), "array"
+        else:
+            index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+            kind, shape = type(index).__name__, (index.ntotal, index.d)
+            at = max(0, file.stat().st_size - 4 * math.prod(shape))  # a flat index ends with its vectors
+            vectors = np.memmap(file, np.float32, "r", at, shape) if kind == "IndexFlatIP" else np.empty(shape)
+    except (OSError, EOFError, RuntimeError, ValueError) as error:
+        raise CorpusError(
+            f"{file} is no whole FAISS index or .npy ({reason(error) or error}); fetch it again"
+        ) from None
+    if vectors.dtype != np.float32 or vectors.ndim != 2 or len(vectors) != (number or len(vectors)):
+        raise CorpusError(
+            f"{file} is an {kind} of {len(vectors):,} vectors; an IndexFlatIP, or an array of float32, of "
+            f"{number or len(vectors):,} is needed, one for each passage of the corpus"
+        )
+    return vectors
+
+
+def check_agreement(vectors: np.ndarray, passages: Sequence[Passage], encode: Callable) -> None:
+    """Raise CorpusError where the first passages have other vectors than `encode` gives them, or some have none."""
+    few = passages[:4]
+    again, stored = encode(few), vectors[: len(few)]
+    if len(vectors) != len(passages) or again.shape != stored.shape or (again * stored).sum(axis=1).min() < SAME:
+        raise CorpusError(
+            f"passages {[passage.id for passage in few]} have other vectors than the encoder gives them: these are of "
+            "another encoder, or not in the corpus's order"
+        )
+
+
 def write_flat(index: faiss.Index, vectors: Vectors, file: Path) -> None:
     """FAISS's file of a flat index, without having it in memory: a header, the number of floats, and the floats."""
     head = bytearray(_empty_file(index))
@@ -241,7 +275,12 @@ def write_faiss(index: faiss.Index, file: Path) -> None:
 
 def read_index(file: Path, lists: bool) -> faiss.Index:
     """Lists, or else the vectors of flat and HNSW, are mapped into memory rather than read."""
-    return faiss.read_index(str(file), faiss.IO_FLAG_MMAP if lists else faiss.IO_FLAG_MMAP_IFC)
+    if not lists:
+        return faiss.read_index(str(file), faiss.IO_FLAG_MMAP_IFC)
+    index = faiss.read_index(str(file), faiss.IO_FLAG_MMAP)
+    # FAISS would start 32 threads a search to read ahead, several times as long as the search where lists are cached
+    faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists).prefetch_nthread = 0
+    return index
 
 
 @dataclass(frozen=True)

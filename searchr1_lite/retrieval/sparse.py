@@ -216,9 +216,15 @@ def _count_words(passages: list[Passage], start: int, part: Path) -> None:
     keys, counts = np.unique(flat * len(texts) + np.repeat(np.arange(len(texts)), lengths), return_counts=True)
     word, row = np.divmod(keys, len(texts))
     having, blob = np.bincount(word, minlength=len(words)), np.frombuffer("\n".join(words).encode(), dtype=np.uint8)
-    np.save(part.with_suffix(".npy"), np.stack([start + row, counts]).astype(np.int32))
+    _save(part.with_suffix(".npy"), np.stack([start + row, counts]).astype(np.int32))
     np.savez(part.with_suffix(".new.npz"), words=blob, having=having, lengths=lengths)
     os.replace(part.with_suffix(".new.npz"), part.with_suffix(".words.npz"))  # there when the shard is whole
+
+
+def _save(file: Path, array: np.ndarray) -> None:
+    """Opened for writing alone, `np.save` (2.4) would not notice that the disk is full at its end."""
+    with file.open("w+b") as out:
+        np.save(out, array)
 
 
 def _merge(parts: list[Path]) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
@@ -238,7 +244,7 @@ def _merge(parts: list[Path]) -> tuple[dict[str, int], np.ndarray, np.ndarray]:
         numbers = np.fromiter(map(number.get, words), dtype=np.int64)
         total[numbers] += having
         lengths.append(its)
-        np.save(part.with_suffix(".table.npy"), np.stack([numbers, having, np.cumsum(having) - having]))
+        _save(part.with_suffix(".table.npy"), np.stack([numbers, having, np.cumsum(having) - having]))
     return number, total, np.concatenate(lengths)
 
 

@@ -25,7 +25,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 from tqdm import tqdm
 
@@ -34,13 +33,13 @@ from searchr1_lite.jsonl import append_rows, read_rows, write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.build import build_index
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, load_corpus, passage_of
+from searchr1_lite.retrieval.dense import check_agreement, stored_vectors
 from searchr1_lite.retrieval.encoders import Encoder, EncoderError, load_encoder
 from searchr1_lite.retrieval.load import default_folder, load_retriever
 from searchr1_lite.tasks.questions import QuestionError, load_questions, read_questions
 from searchr1_lite.types import Passage, Question
 
 E5 = "intfloat/e5-base-v2"  # the encoder of Search-R1's index
-SAME = 0.95  # cosine of a passage with itself, encoded in fp16 and in fp32, is above; that of two passages is below
 WORD = re.compile(r"\w+")
 BLANKED = bytes(byte if re.match(rb"\w", bytes([byte])) else 32 for byte in range(256))
 ARTICLES = {"a", "an", "the"}  # exact match does not count them either
@@ -178,22 +177,6 @@ def write_rows(corpus: Path, total: int, chosen: set[int], out: Path) -> list[Pa
     return passages
 
 
-def open_index(path: Path, total: int) -> faiss.IndexFlatIP:
-    """The flat index of a corpus of `total` passages, its vectors left on disk; raises CorpusError."""
-    try:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    except RuntimeError as error:
-        raise CorpusError(
-            f"{path} is no whole FAISS index ({str(error).partition(chr(10))[0]}); fetch it again"
-        ) from None
-    if not isinstance(index, faiss.IndexFlatIP) or index.ntotal != total:
-        raise CorpusError(
-            f"{path} is a {type(index).__name__} of {index.ntotal:,} vectors; an IndexFlatIP of {total:,} is needed, "
-            "one for each passage of the corpus"
-        )
-    return index
-
-
 @dataclass(frozen=True)
 class StoredVectors(Encoder):
     """An encoder whose vectors of some passages are there already, by passage id."""
@@ -204,14 +187,10 @@ class StoredVectors(Encoder):
         return np.stack([self.vectors[passage.id] for passage in passages])
 
 
-def cut_vectors(index: faiss.IndexFlatIP, rows: list[int], passages: list[Passage], encoder: Encoder) -> StoredVectors:
-    """`encoder` with the index's own vectors, of its `rows`; raises CorpusError if it gives the passages others."""
-    vectors, again = index.reconstruct_batch(rows), encoder.encode_passages(passages[:4])
-    if again.shape[1] != index.d or (again * vectors[:4]).sum(axis=1).min() < SAME:
-        raise CorpusError(
-            f"the encoder {encoder.name!r} gives passages {[p.id for p in passages[:4]]} other vectors than the index "
-            "has: it is of another encoder, or its rows are not in the corpus's order"
-        )
+def cut_vectors(stored: np.ndarray, rows: list[int], passages: list[Passage], encoder: Encoder) -> StoredVectors:
+    """`encoder` with the stored vectors of these `rows`; raises CorpusError if it gives the passages others."""
+    vectors = stored[rows]
+    check_agreement(vectors, passages, encoder.encode_passages)
     by_id = {passage.id: vector for passage, vector in zip(passages, vectors, strict=True)}
     its = (encoder.name, encoder.weights_sha256, encoder.model, encoder.query_prefix, encoder.passage_prefix)
     return StoredVectors(*its, by_id)
@@ -248,7 +227,7 @@ def make_subset(args: argparse.Namespace, questions: list[Question]) -> dict[str
     """Write corpus, questions, index (where `load_retriever` looks for it) and `subset.json`, which is returned."""
     encoder = load_encoder(args.encoder) if args.index else None  # if it is not here, say so before the long work
     total = sum(1 for _ in stream(args.corpus, "counting"))
-    index = open_index(args.index, total) if args.index else None
+    index = stored_vectors(args.index, total) if args.index else None
     needs = find_needed(args.corpus, total, questions, args.per_question)
     needed = {row for its in needs for found in its.values() for row in found}
     rows = sorted(needed.union(sample_rest(total, needed, args.distractors, args.seed)))
@@ -258,7 +237,7 @@ def make_subset(args: argparse.Namespace, questions: list[Question]) -> dict[str
     write_questions(questions, args.out / "questions.jsonl.gz")
     profile = load_profile("tiny", retriever="flat" if args.encoder else "bm25", encoder=args.encoder)
     folder = default_folder(profile, passages)
-    if index and not folder.exists():
+    if index is not None and not folder.exists():
         build_index(passages, folder, "flat", cut_vectors(index, rows, passages, encoder))
     load_retriever(profile, passages)
     ids = {row: passage.id for row, passage in zip(rows, passages, strict=True)}
