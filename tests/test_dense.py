@@ -6,6 +6,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
+import torch
 from hash_encoder import QUERIES, hash_encoder, made_passages
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,6 +96,82 @@ def test_saved_and_opened_it_finds_the_same(kind: str, tmp_path: Path) -> None:
         **{"pooling": None, "max_tokens": None},
     }
     assert (manifest["kind"], manifest["passages"], manifest["dimension"]) == (kind, 200, 16)
+
+
+def scores_of(vectors: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """Inner products in which equal vectors have equal scores, as a matrix product does not promise."""
+    return np.array(
+        [[float(np.dot(query.astype(float), vector.astype(float))) for vector in vectors] for query in queries]
+    )
+
+
+in_bfloat16 = pytest.mark.skipif(
+    not torch.cpu._is_avx512_bf16_supported(), reason="this processor does not multiply bfloat16"
+)
+
+
+@in_bfloat16
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 300),
+    st.integers(1, 9),
+    st.integers(1, 16),
+    st.sampled_from([0.0, 1e-4, 0.01, 1.0]),
+    st.integers(0, 99),
+)
+def test_rough_then_exact_is_exact(number: int, asked: int, k: int, spread: float, seed: int) -> None:
+    """Clusters from identical to wide, lengths from 0.1 to 10: the k best scores, and of equal vectors the first."""
+    draw = np.random.default_rng(seed)
+    centres = draw.normal(size=(7, 24))
+    vectors = (centres[draw.integers(7, size=number)] + spread * draw.normal(size=(number, 24))).astype(np.float32)
+    vectors *= draw.uniform(0.1, 10, size=(number, 1) if spread else 1).astype(np.float32)
+    queries = draw.normal(size=(asked, 24)).astype(np.float32)
+    index = faiss.IndexFlatIP(24)
+    index.add(vectors)
+    k = min(k, number)
+    scores, positions = dense.RoughThenExact(index)(queries, k)
+    exact = queries.astype(np.float64) @ vectors.astype(np.float64).T
+    best = -np.sort(-exact, axis=1)[:, :k]
+    assert np.allclose(scores, best, rtol=1e-5, atol=1e-4)
+    assert np.allclose(np.take_along_axis(exact, positions, axis=1), best, rtol=1e-5, atol=1e-4)
+    assert all(len(set(row)) == k for row in positions.tolist())
+    if not spread and number <= 2 * k + 10:  # every vector is one of seven: ties, which come in corpus order
+        assert positions.tolist() == np.argsort(-scores_of(vectors, queries), kind="stable")[:, :k].tolist()
+
+
+@in_bfloat16
+def test_what_rounding_could_hide_is_asked_of_faiss() -> None:
+    """Forty passages within a rounding of each other, of which 12 are looked at again; and others far apart."""
+    base = np.random.default_rng(0).normal(size=64)
+    vectors = (base + np.linspace(0, 1e-3, 40)[:, None] * np.roll(base, 1)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    for rows, asked in ((vectors, 5), (np.eye(64, dtype=np.float32), 0)):
+        index = faiss.IndexFlatIP(64)
+        index.add(rows)
+        search, calls = index.search, []
+        index.search = lambda queries, k, search=search, calls=calls: calls.append(len(queries)) or search(queries, k)
+        queries = np.stack([rows[39]] * 5)
+        positions = dense.RoughThenExact(index)(queries, 1)[1]
+        assert sum(calls) == asked and positions.tolist() == search(queries, 1)[1].tolist()
+
+
+@in_bfloat16
+@pytest.mark.parametrize(("asked", "k", "rough"), [(3, 2, False), (4, 2, True), (4, 16, True), (4, 17, False)])
+def test_bfloat16_is_for_several_queries_and_few_passages(asked: int, k: int, rough: bool, monkeypatch) -> None:
+    retriever = DenseRetriever.build(passages(60), fake_encoder())
+    queries = [f"query {i}" for i in range(asked)]
+    expected, called = ids(retriever.search(queries, k)), []
+    call = dense.RoughThenExact.__call__
+    monkeypatch.setattr(dense.RoughThenExact, "__call__", lambda *given: called.append(1) or call(*given))
+    assert ids(retriever.search(queries, k)) == expected and bool(called) == rough
+
+
+def test_a_processor_without_bfloat16_finds_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    queries = [f"query {i}" for i in range(8)]
+    expected = ids(DenseRetriever.build(passages(60), fake_encoder()).search(queries, 5))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(dense, "RoughThenExact", lambda index: pytest.fail("it has no bfloat16"))
+    assert ids(DenseRetriever.build(passages(60), fake_encoder()).search(queries, 5)) == expected
 
 
 def test_lists_that_hold_too_few_give_fewer_hits() -> None:
