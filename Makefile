@@ -54,8 +54,8 @@ runs: $(READY)
 	  || exit 1; done; done
 
 # an arm is a name and its settings; each model is asked again with BM25, whatever it learned with
-ARMS := oracle:retriever=oracle bm25:retriever=bm25 curriculum:noise_end=0.5 noisy:noise_start=0.5,noise_end=0.5 \
-  random:retriever=random empty:retriever=empty
+ARMS := oracle:retriever=oracle bm25:retriever=bm25 noisy:noise_start=0.5,noise_end=0.5 random:retriever=random \
+  empty:retriever=empty
 BM25 := retriever=bm25 noise_start=0.0 noise_end=0.0
 retrievers: $(READY)
 	for seed in 0 1 2; do for arm in $(ARMS); do run=$${arm%%:*}-seed$$seed; \

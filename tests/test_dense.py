@@ -152,7 +152,9 @@ def test_what_rounding_could_hide_is_asked_of_faiss() -> None:
         index.search = lambda queries, k, search=search, calls=calls: calls.append(len(queries)) or search(queries, k)
         queries = np.stack([rows[39]] * 5)
         positions = dense.RoughThenExact(index)(queries, 1)[1]
-        assert sum(calls) == asked and positions.tolist() == search(queries, 1)[1].tolist()
+        with blas_from_four_queries(64):  # FAISS's two ways differ by more than these passages do
+            expected = search(queries, 1)[1]
+        assert sum(calls) == asked and positions.tolist() == expected.tolist()
 
 
 @in_bfloat16

@@ -25,7 +25,6 @@ def run_entry(run: Run, again: Path | None) -> dict[str, Any]:
     if run.evaluation is None:
         raise RunError(f"{run.folder}: evaluation.json is missing; the run is not finished (start it again to resume)")
     entry = {"seed": run.profile["seed"], "date": run.environment["date"], "command": run.environment["command"]}
-    entry |= {"seconds": round(float(run.metrics["seconds"].sum()), 1)}
     entry |= {key: run.evaluation[key] for key in ("before", "after", "closed_book")}
     if again and (again / run.name / "evaluation.json").is_file():
         other = load_run_evaluation(again / run.name / "evaluation.json")

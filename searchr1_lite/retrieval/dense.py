@@ -312,14 +312,16 @@ class RoughThenExact:
         asked = torch.from_numpy(queries)
         rough = torch.ops.mkldnn._linear_pointwise(asked.bfloat16(), self.rounded, None, "none", [], "")
         best, near = rough.topk(min(2 * k + 10, self.index.ntotal), dim=1)
-        margin = 2 * self.ERROR * self.longest * asked.norm(dim=1)
-        sure = (best[:, k - 1].float() - best[:, -1].float() > margin).numpy() | (best.shape[1] == self.index.ntotal)
+        kth, last = best[:, [k - 1, -1]].float().numpy().T
+        margin = 2 * self.ERROR * self.longest * np.sqrt(np.einsum("ij,ij->i", queries, queries))
+        sure = (kth - last > margin) | (best.shape[1] == self.index.ntotal)
         again = self.vectors.index_select(0, near.flatten()).view(*near.shape, -1)
         scores, positions = torch.bmm(again, asked.unsqueeze(2)).squeeze(2).numpy(), near.numpy()
-        order = np.lexsort((positions, -scores))[:, :k]
-        scores, positions = (np.take_along_axis(values, order, axis=1) for values in (scores, positions))
+        rows, order = np.arange(len(queries))[:, None], np.lexsort((positions, -scores))[:, :k]
+        scores, positions = scores[rows, order], positions[rows, order]
         if not sure.all():
-            scores[~sure], positions[~sure] = self.index.search(queries[~sure], k)
+            with blas_from_four_queries(self.index.d):
+                scores[~sure], positions[~sure] = self.index.search(queries[~sure], k)
         return scores, positions
 
 
