@@ -232,6 +232,7 @@ class ThreadedEncoder:
         import torch
 
         self.encoder = encoder
+        encoder.encode_queries(["first"])  # a tokenizer's first call settles how it pads, which two must not do at once
         self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
 
     def __getattr__(self, name: str) -> Any:
