@@ -26,6 +26,7 @@ EF_CONSTRUCTION, EF_SEARCH = 100, 64  # recall@3 0.995 of flat's on 15,011 passa
 NPROBE = 64  # lists looked into
 MAX_LISTS = 16_384
 FEW = 16  # passages; of more, comparing again takes longer than comparing all at once
+LEAST_ROUNDED = 1 << 12  # passages; fewer take FAISS no time
 MOST_ROUNDED = 1 << 29  # numbers of a flat index of which a copy in bfloat16 is kept: 1 GB
 FEW_QUERIES = 32  # what oneDNN lays the copy out for
 SAME = 0.95  # cosine of a passage with itself, encoded in fp16 and in fp32, is above; that of two passages is below
@@ -291,38 +292,47 @@ def read_index(file: Path, lists: bool) -> faiss.Index:
 class RoughThenExact:
     """Exact search of a flat index for several queries at once, where the processor multiplies bfloat16.
 
-    Scores from vectors rounded to bfloat16 are off by at most ERROR times both lengths: of products whose two factors
+    Scores of vectors rounded to bfloat16 are off by at most ERROR times both lengths: of products whose two factors
     are rounded by 2^-9, of sums in float32 (Cauchy-Schwarz), and of a result that is rounded once more. What is not
-    within twice that of the k-th best cannot be among the best `k`; the rest is compared again in float32. Where
-    more passages are that close than are looked at again, FAISS answers.
+    within twice that of the k-th best cannot be among the best `k`; the few others are compared again in float32.
     """
 
     ERROR = 3.2 * 2**-9  # three roundings, and room for the sum's
+    GROUPS = 128  # of passages; the best of each are a quick lower bound of the k-th best
+    MANY = 256  # candidates a query; with more, as random vectors have, FAISS is as fast
 
     def __init__(self, index: faiss.IndexFlat) -> None:
         self.index = index
-        vectors = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
-        self.vectors = torch.from_numpy(vectors)
-        self.longest = float(np.sqrt(np.einsum("ij,ij->i", vectors, vectors).max()))
+        self.vectors = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+        self.longest = float(np.sqrt(np.einsum("ij,ij->i", self.vectors, self.vectors).max()))
         # laid out once for few rows times a large matrix (oneDNN): twice as fast again
-        self.rounded = torch.ops.mkldnn._reorder_linear_weight(self.vectors.bfloat16(), FEW_QUERIES)
+        rounded = torch.from_numpy(self.vectors).bfloat16()
+        self.rounded = torch.ops.mkldnn._reorder_linear_weight(rounded, FEW_QUERIES)
 
     def __call__(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and positions (queries, k), as FAISS gives them, the exact ids."""
-        asked = torch.from_numpy(queries)
-        rough = torch.ops.mkldnn._linear_pointwise(asked.bfloat16(), self.rounded, None, "none", [], "")
-        best, near = rough.topk(min(2 * k + 10, self.index.ntotal), dim=1)
-        kth, last = best[:, [k - 1, -1]].float().numpy().T
-        margin = 2 * self.ERROR * self.longest * np.sqrt(np.einsum("ij,ij->i", queries, queries))
-        sure = (kth - last > margin) | (best.shape[1] == self.index.ntotal)
-        again = self.vectors.index_select(0, near.flatten()).view(*near.shape, -1)
-        scores, positions = torch.bmm(again, asked.unsqueeze(2)).squeeze(2).numpy(), near.numpy()
-        rows, order = np.arange(len(queries))[:, None], np.lexsort((positions, -scores))[:, :k]
-        scores, positions = scores[rows, order], positions[rows, order]
-        if not sure.all():
+        """Scores and positions (queries, k) as FAISS gives them, k <= GROUPS; equal scores in corpus order."""
+        asked = torch.from_numpy(queries).bfloat16()
+        rough = torch.ops.mkldnn._linear_pointwise(asked, self.rounded, None, "none", [], "")
+        rough = rough.view(torch.int16).numpy()  # bits of positive floats are in the order of the floats
+        least = self._least(rough, queries, k)
+        near = np.flatnonzero(rough >= least[:, None])
+        if len(near) > self.MANY * len(queries) or (least <= 0).any():
             with blas_from_four_queries(self.index.d):
-                scores[~sure], positions[~sure] = self.index.search(queries[~sure], k)
-        return scores, positions
+                return self.index.search(queries, k)
+        query, position = np.divmod(near, self.index.ntotal)
+        scores = np.einsum("ij,ij->i", self.vectors[position], queries[query])
+        order = np.lexsort((position, -scores, query))
+        order = order[np.searchsorted(query, np.arange(len(queries)))[:, None] + np.arange(k)]
+        return scores[order], position[order]
+
+    def _least(self, rough: np.ndarray, queries: np.ndarray, k: int) -> np.ndarray:
+        """(queries,) bits of the rough score that a passage among the best `k` has at least."""
+        whole = rough.shape[1] // self.GROUPS * self.GROUPS
+        best = rough[:, :whole].reshape(len(rough), -1, self.GROUPS).max(axis=1)
+        kth = np.partition(best, self.GROUPS - k, axis=1)[:, self.GROUPS - k].astype(np.int32) << 16
+        lengths = np.sqrt(np.einsum("ij,ij->i", queries, queries))
+        least = kth.view(np.float32) - np.float32(2 * self.ERROR * self.longest) * lengths
+        return (least.view(np.int32) >> 16).astype(np.int16)  # rounded down, where it is positive
 
 
 @dataclass(frozen=True)
@@ -378,5 +388,5 @@ class DenseRetriever:
     @cached_property
     def _rough(self) -> RoughThenExact | None:
         flat = isinstance(self.index, faiss.IndexFlat) and self.index.metric_type == faiss.METRIC_INNER_PRODUCT
-        fits = 0 < self.index.ntotal * self.index.d <= MOST_ROUNDED
+        fits = self.index.ntotal >= LEAST_ROUNDED and self.index.ntotal * self.index.d <= MOST_ROUNDED
         return RoughThenExact(self.index) if flat and fits and torch.cpu._is_avx512_bf16_supported() else None
