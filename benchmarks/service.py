@@ -143,9 +143,10 @@ def serve_original(checkout: Path, index: str, corpus: str) -> None:
 
 
 @contextlib.contextmanager
-def running(command: list[str], work: Path) -> Iterator[tuple[str, int]]:
-    """Yields address and process id of a server, once it answers."""
+def running(command: list[str], work: Path, threads: int | None = None) -> Iterator[tuple[str, int]]:
+    """Yields address and process id of a server, once it answers. `threads`: of OpenMP, in each of its threads."""
     environment = os.environ | {"HF_DATASETS_CACHE": str(work / "datasets"), "PYTHONUNBUFFERED": "1"}
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     environment.pop("SEARCHR1_TOKEN", None)
     log = work / f"{time.monotonic_ns()}.log"
     with log.open("w") as errors:
@@ -157,7 +158,11 @@ def running(command: list[str], work: Path) -> Iterator[tuple[str, int]]:
             yield line.split("/retrieve")[0], process.pid
         finally:
             process.terminate()
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:  # it has threads that wait for each other
+                process.kill()
+                process.wait()
 
 
 def cpu_seconds(pid: int) -> float:
@@ -261,6 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--questions", default="toy", help="a .jsonl(.gz) file; its questions are the queries")
     parser.add_argument("--index", type=Path, help="a flat MiniLM index folder of the corpus, instead of making one")
     parser.add_argument("--search-r1", type=Path, metavar="PATH", help="a checkout of PeterGriffinJin/Search-R1")
+    parser.add_argument("--their-threads", type=int, help="OMP_NUM_THREADS of the original; its own default hangs here")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=120, help="a turn")
     parser.add_argument("--rounds", type=int, default=2, help="ours, theirs, ours, theirs, ...")
@@ -273,7 +279,10 @@ def main(argv: list[str] | None = None) -> None:
         commands = {"ours": [*python, "-m", "searchr1_lite.retrieval.server", "--port", "0", "--index", str(index)]}
         if args.search_r1:
             commands["theirs"] = [*python, __file__, "_original", str(args.search_r1.resolve()), *original]
-        running_now = {name: servers.enter_context(running(command, work)) for name, command in commands.items()}
+        running_now = {
+            name: servers.enter_context(running(command, work, args.their_threads if name == "theirs" else None))
+            for name, command in commands.items()
+        }
         for url, pid in running_now.values():  # warm: threads, caches, connections
             measure(url, pid, expected, args.clients, min(5.0, args.seconds))
         rounds: list[dict[str, dict[str, Any]]] = []

@@ -63,6 +63,45 @@ def test_the_memory_quoted_is_that_of_the_record_and_of_the_plan_today():
             assert parts[setting] == getattr(profile, setting), "make memory.json again"
 
 
+def test_the_retrieval_quoted_is_that_of_the_record():
+    record, million = results("retrieval"), results("million")
+    for kind, its in record["kinds"].items():
+        if "queries_a_second" not in its:
+            continue
+        rates = [its["queries_a_second"][way]["median"] for way in ("one_by_one", "batches_of_64")]
+        row = f"| `{kind}` | {its['disk_bytes']['index'] / 1e6:.1f} | {rates[0]:,.0f} | {rates[1]:,.0f} |"
+        assert row in README and f"| {its['recall@3']['mean']:.2f} | {its['recall@10']['mean']:.2f} |" in README
+        projected = record["projection"]["kinds"].get(kind, {})
+        if "disk_bytes" in projected:
+            seconds = projected["seconds_a_query"]["batches_of_64"]["result"]
+            assert f"| {projected['disk_bytes']['result'] / 1e9:.1f} | {1000 * seconds:,.1f} |" in README
+    for part in ("flat_search", "flat_search_beyond_cache"):
+        ratios = [record[part]["sizes"][size]["ratio"]["median"] for size in ("16", "32", "64", "128")]
+        assert f"{min(ratios):.1f} to {max(ratios):.1f} times" in README
+    rank_bm25 = record["bm25"]["ratio"]["rank_bm25"]
+    words = f"{rank_bm25['median']:.0f} times as long as our BM25 ({rank_bm25['least']:.0f} to {rank_bm25['most']:.0f})"
+    assert words in " ".join(README.split())
+    peaks = [kind["peak_bytes"] for kind in million["kinds"].values()]
+    assert f"at most {max(peak['building'] for peak in peaks) / 1e9:.1f} GB of resident memory" in README
+    assert f"searched in {max(peak['searching'] for peak in peaks) / 1e9:.1f}\n" in README
+    days = record["projection"]["encoding_seconds_on_this_cpu"]["result"] / 86400
+    assert f"would take {days:.0f} days" in README
+
+
+def test_the_service_quoted_is_that_of_the_records():
+    [long], [short] = (results(name)["rounds"] for name in ("service", "service_short"))
+    ours, theirs = long["ours"], long["theirs"]
+    assert (
+        f"gave {ours['per_second']:.0f} answers a second" in README
+        and f"p99 {ours['p99_over_p50']:.1f} times" in README
+    )
+    assert ours["wall_seconds"] >= 120 and ours["errors"] + ours["wrong"] + ours["lost"] == 0 < theirs["lost"]
+    words = (
+        f"gave {short['theirs']['per_second']:.0f} answers a second where ours gave {short['ours']['per_second']:.0f}"
+    )
+    assert words in README and short["theirs"]["lost"] == 0
+
+
 def test_the_speed_quoted_is_that_of_the_record():
     for name, engine in results("rollout")["engines"].items():
         if name != "ours":
