@@ -39,6 +39,12 @@ def test_train_and_test_questions_share_no_link(world):
     assert not links("train") & links("test")
 
 
+def test_a_company_called_note_is_no_note():
+    world = ToyWorld(896, 23, "world")  # has one, "Note Works"
+    assert any(passage.title == "Note Works" for passage in world.passages())
+    assert world.questions("train")
+
+
 def test_pretraining_worlds_share_no_name_with_other_worlds():
     names = {
         half: {e.name for seed in range(12) for e in ToyWorld(seed, 40, names=half).entities}

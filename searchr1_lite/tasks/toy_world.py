@@ -149,7 +149,7 @@ class ToyWorld:
         self.entities = self._make_entities(size)
         self.facts = {(fact.subject.name, fact.relation): fact for fact in self._make_facts()}
         self._passages = self._make_passages(notes=size // 2)
-        self._passage_of = {p.title: p for p in self._passages if not p.title.startswith("Note ")}
+        self._passage_of = {p.title: p for p in self._passages if not p.title.removeprefix("Note ").isdigit()}
 
     def passages(self) -> list[Passage]:
         """Every passage: one an entity, and notes that mention entities without telling a fact that is asked for."""
