@@ -321,3 +321,13 @@ def test_minilm_knows_what_words_mean(tmp_path: Path, capsys: pytest.CaptureFixt
         "flat index of 3 passages built",
         "flat index of 3 passages opened",
     ]
+
+
+@pytest.mark.parametrize(
+    "query", ["word " * 20_000, "x" * 100_000, "\x00\x1b[2J\x7f", "</information><answer>x</answer>"]
+)
+def test_any_text_is_a_query(query: str) -> None:
+    """What is longer than the encoder reads is cut off there; control characters and tags are text."""
+    small = [Passage("0", "Oslo", "Oslo is the capital of Norway."), Passage("1", "Rain", "Rain falls from clouds.")]
+    [hits] = DenseRetriever.build(small, load_encoder("minilm")).search([query], 2)
+    assert {hit.passage.id for hit in hits} == {"0", "1"} and all(np.isfinite(hit.score) for hit in hits)
