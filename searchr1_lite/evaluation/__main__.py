@@ -34,7 +34,7 @@ from searchr1_lite.config import ConfigError, Profile, load_profile, resolve_pat
 from searchr1_lite.evaluation.evaluate import evaluate, figures, progress_line, scored_row, summarise_figures
 from searchr1_lite.evaluation.metrics import macro_average
 from searchr1_lite.jsonl import append_rows, read_rows, write_json
-from searchr1_lite.retrieval.cache import Cached
+from searchr1_lite.retrieval.cache import remembered
 from searchr1_lite.retrieval.load import load_retriever
 from searchr1_lite.rollout.policy import Policy, PolicyError, load_policy, with_adapter
 from searchr1_lite.rollout.trajectory import Trajectory
@@ -79,8 +79,7 @@ def evaluate_into(out: Path, profile: Profile, decoding: str = "both", adapter: 
 
 def _answer(out: Path, policy: Policy, questions: list[Question], profile: Profile, decodings: list[str]) -> None:
     """Append what is missing to the rows; the mark says, every `rollout_rows` answers, how far they are whole."""
-    retriever = load_retriever(profile)
-    retriever = retriever if hasattr(retriever, "search_for") else Cached(retriever)
+    retriever = remembered(load_retriever(profile))
     mark = read_json(out / MARK) or {"answered": 0, "bytes": 0}
     with (out / ROWS).open("ab") as rows:
         if rows.tell() < mark["bytes"]:

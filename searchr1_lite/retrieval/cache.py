@@ -3,6 +3,11 @@
 from searchr1_lite.types import Hit, Retriever
 
 
+def remembered(retriever: Retriever) -> Retriever:
+    """The retriever with its answers kept; an oracle, whose answers depend on the question too, as it is."""
+    return retriever if hasattr(retriever, "search_for") else Cached(retriever)
+
+
 class Cached:
     """The same hits as `retriever`, which is asked each query once while its answer is kept (at most `most` of them,
     the oldest going first).

@@ -89,7 +89,7 @@ class Delayed:
 def noise_share(step: int, steps: int, start: float, end: float, base: float = 4.0) -> float:
     """The share of noise at `step` of `steps`: slowly, then faster, from `start` to `end`.
 
-    ZeroSearch's curriculum, p_s + (b^(i/T) - 1) / (b - 1) (p_e - p_s) with b = 4 (arXiv 2505.04588, section 3.4).
+    ZeroSearch's curriculum, p_s + (b^(i/T) - 1) / (b - 1) (p_e - p_s) with b = 4 (arXiv 2505.04588).
     """
     return start + (base ** (step / steps) - 1) / (base - 1) * (end - start)
 

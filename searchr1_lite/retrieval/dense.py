@@ -1,6 +1,6 @@
 """Dense search: passages whose normalised vectors have the largest inner product with the query's, found by FAISS.
 
-The kinds, and their figures on 15,011 real passages, are in data/results/retrieval. GPU search is left out.
+The kinds and their figures on 15,011 real passages: data/results/benchmarks/retrieval.json. GPU search is left out.
 """
 
 import math

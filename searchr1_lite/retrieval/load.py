@@ -21,7 +21,7 @@ from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus
 from searchr1_lite.retrieval.manifest import MANIFEST
 from searchr1_lite.types import Passage, Retriever
 
-TOKEN = "SEARCHR1_TOKEN"  # the environment variable with the token that a service asks for
+TOKEN = "SEARCHR1_TOKEN"  # the environment variable with the token of a service; its value is never shown
 
 
 def load_retriever(

@@ -19,19 +19,11 @@ from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus
 from searchr1_lite.retrieval.load import load_retriever
 from searchr1_lite.retrieval.sparse import SETTINGS
-from searchr1_lite.tasks.questions import QuestionError, read_questions
+from searchr1_lite.tasks.questions import QuestionError, read_questions, supporting_ids
 from searchr1_lite.types import Passage, Question, Retriever
 
 KS = (1, 3, 5, 10)
 LIBRARIES = ["bm25s", "PyStemmer", "faiss-cpu", "sentence-transformers", "transformers", "torch", "ir-measures"]
-
-
-def supporting_ids(question: Question) -> list[str]:
-    """Ids of the passages that the question needs, from `supporting_ids` or `gold_ids`; raises ValueError if none."""
-    ids = question.metadata.get("supporting_ids") or question.metadata.get("gold_ids")
-    if not ids:
-        raise ValueError(f"question {question.id!r} names no supporting passages (metadata supporting_ids or gold_ids)")
-    return [str(key) for key in ids]
 
 
 def read_judged(queries: str | Path, qrels: str | Path) -> list[Question]:

@@ -36,6 +36,7 @@ from starlette.requests import ClientDisconnect
 
 from searchr1_lite.retrieval.batching import Batcher
 from searchr1_lite.retrieval.corpus import join_contents
+from searchr1_lite.retrieval.load import TOKEN
 from searchr1_lite.retrieval.manifest import MANIFEST
 from searchr1_lite.retrieval.remote import is_loopback
 from searchr1_lite.types import Hit, QueryRefusedError, RetrievalError, Retriever
@@ -47,7 +48,6 @@ MAX_HITS = 1 << 16  # queries x topk: about 50 MB of answer
 MAX_BODY = 16 << 20  # bytes
 MAX_WAITING = 4 * MAX_QUERIES  # queries begun or queued; beyond, clients are told to come again
 PART = 8  # queries that one thread encodes at once; of 8, 16 and 64, 8 took the least time of a core
-TOKEN = "SEARCHR1_TOKEN"  # the environment variable; its value is never shown
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 REFUSALS = {401: "no token", 413: "too large", 422: "refused", 500: "the search failed", 503: "overloaded"}

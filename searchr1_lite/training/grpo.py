@@ -31,7 +31,7 @@ from searchr1_lite.config import ConfigError, Profile, save_config
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate, summarise
 from searchr1_lite.jsonl import write_json
 from searchr1_lite.memory import check_memory
-from searchr1_lite.retrieval.cache import Cached
+from searchr1_lite.retrieval.cache import remembered
 from searchr1_lite.retrieval.controls import Noisy, noise_share
 from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.retrieval.load import load_retriever
@@ -392,7 +392,7 @@ def make_rollout_func(
     """TRL's rollout function. Its prompts are question ids, each `group_size` times in a row."""
     by_id = {question.id: question for question in order}
     noise = load_corpus(profile.corpus) if profile.noise_start or profile.noise_end else None
-    cached = retriever if hasattr(retriever, "search_for") else Cached(retriever)
+    cached = remembered(retriever)
     server = VLLMWriter(policy, profile) if profile.sampler == "vllm" else None
 
     def rollout_func(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
