@@ -34,6 +34,7 @@ class Profile(BaseModel):
 
     # The model
     model: str  # a hub name or a folder (relative folders are looked up from the project's root)
+    instruct_model: str | None = None  # the same model tuned to follow instructions: evaluation/compare.py asks it
     quantization: Literal["none", "nf4"]  # nf4: bitsandbytes 4-bit NormalFloat, double quantised
     dtype: Literal["float32", "bfloat16"]  # of everything that is not quantised or LoRA
     device: Literal["auto", "cpu", "cuda"]  # auto: a GPU if there is one
@@ -58,6 +59,8 @@ class Profile(BaseModel):
     topk: Positive  # passages a search returns
 
     # The rollout
+    # How a question is answered, see evaluation/strategies.py. "search_r1", "r1" and "direct" can be trained.
+    strategy: Literal["search_r1", "r1", "direct", "cot", "rag", "ircot", "search_o1", "inter"] = "search_r1"
     chat_template: bool  # wrap the prompt in the tokenizer's chat template, as Search-R1 does for base models too
     max_turns: Annotated[int, Field(ge=0)]  # searches at most; one last turn without search follows
     max_response_tokens: Positive  # a turn
@@ -72,6 +75,8 @@ class Profile(BaseModel):
     vllm_url: str = "http://127.0.0.1:8000"
 
     # Learning
+    # "sft" learns golden answers, "rejection_sampling" the model's own right ones; see training/demonstrations.py
+    algorithm: Literal["grpo", "sft", "rejection_sampling"] = "grpo"
     masked: bool  # True: learn only from tokens that the model wrote. False: from retrieved tokens too (the ablation)
     reward: Literal["exact_match", "f1", "substring_match", "format", "retrieval"]  # see training/rewards.py
     reward_reads_prompt: bool = (

@@ -25,6 +25,7 @@ from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import (
     INVALID_ACTION,
+    PROMPTS,
     encode_observation,
     encode_prompt,
     parse_action,
@@ -72,9 +73,13 @@ def rollout(
     greedy: bool = False,
     seed: int = 0,
     writer: Writer | None = None,
+    prompts: Sequence[Sequence[int]] | None = None,
     done: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
     """Work through every question `group_size` times; the copies of a question stand together, questions in order.
+
+    The prompt and whether there are searches is the profile's strategy ("search_r1", or, in one turn, "r1" and
+    "direct"). `prompts` are ids to begin with instead, a question each, for anything else that is said in one turn.
 
     At most `profile.rollout_rows` rows are in memory; the others wait, and take the place of those that are done.
     Sampling is from the full softmax at `profile.temperature`. Each row has its own random numbers, made from `seed`,
@@ -89,7 +94,13 @@ def rollout(
     if not questions:
         return []
     limit = _context_limit(policy, profile)
-    prompts = _encode_prompts(policy, questions, profile, limit)
+    if prompts is None:
+        prompts = _encode_prompts(policy, questions, profile)
+    else:
+        profile = profile.model_copy(update={"strategy": "direct", "max_prompt_tokens": limit})
+    _check_lengths(questions, prompts, profile, limit)
+    if profile.strategy != "search_r1":
+        profile = profile.model_copy(update={"max_turns": 0})
     rows = [_Row(q, ids) for q, ids in zip(questions, prompts, strict=True) for _ in range(group_size)]
     if writer is None:
         capacity = min(profile.rollout_rows, len(rows))
@@ -257,7 +268,7 @@ class _Row:
     """A trajectory in the making."""
 
     question: Question
-    prompt_ids: list[int]
+    prompt_ids: Sequence[int]
     completion_ids: list[int] = field(default_factory=list)
     loss_mask: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -292,8 +303,15 @@ def _context_limit(policy: Policy, profile: Profile) -> int:
     return min(profile.max_context_tokens, own) if own else profile.max_context_tokens
 
 
-def _encode_prompts(policy: Policy, questions: Sequence[Question], profile: Profile, limit: int) -> list[list[int]]:
-    prompts = [encode_prompt(policy.tokenizer, q.question, profile.chat_template) for q in questions]
+def _encode_prompts(policy: Policy, questions: Sequence[Question], profile: Profile) -> list[list[int]]:
+    if profile.strategy not in PROMPTS:
+        raise ConfigError(f"strategy {profile.strategy!r} is more than one trajectory; there are {', '.join(PROMPTS)}")
+    return [encode_prompt(policy.tokenizer, q.question, profile.chat_template, profile.strategy) for q in questions]
+
+
+def _check_lengths(
+    questions: Sequence[Question], prompts: Sequence[Sequence[int]], profile: Profile, limit: int
+) -> None:
     most = min(profile.max_prompt_tokens, limit - profile.max_response_tokens)
     for question, ids in zip(questions, prompts, strict=True):
         if len(ids) > most:
@@ -302,4 +320,3 @@ def _encode_prompts(policy: Policy, questions: Sequence[Question], profile: Prof
                 f"(max_prompt_tokens = {profile.max_prompt_tokens}; context = {limit}, of which "
                 f"{profile.max_response_tokens} are for one turn); shorten the question or raise the limits"
             )
-    return prompts

@@ -20,6 +20,17 @@ PROMPT = (
     "If you find no further external knowledge needed, you can directly provide the answer inside <answer> and "
     "</answer>, without detailed illustrations. For example, <answer> Beijing </answer>. Question: {question}\n"
 )
+THINK_PROMPT = (  # scripts/data_process/nq.py
+    "Answer the given question. "
+    "You should first have a reasoning process in mind and then provides the answer. "
+    "Show your reasoning in <think> </think> tags and return the final answer in <answer> </answer> tags, "
+    "for example <answer> Beijing </answer>. Question: {question}\n"
+)
+ANSWER_PROMPT = (
+    "Answer the given question directly, without any reasoning. "
+    "Return the answer in <answer> </answer> tags, for example <answer> Beijing </answer>. Question: {question}\n"
+)
+PROMPTS = {"search_r1": PROMPT, "r1": THINK_PROMPT, "direct": ANSWER_PROMPT}  # by strategy: what one trajectory answers
 INVALID_ACTION = (
     "\nMy previous action is invalid. "
     "If I want to search, I should put the query between <search> and </search>. "
@@ -38,20 +49,27 @@ class Action(NamedTuple):
     content: str
 
 
-def render_prompt(question: str) -> str:
-    """The user message for a question, byte for byte as Search-R1 writes it."""
+def asked(question: str) -> str:
+    """The question as the prompts hold it: without space around it, and with its question mark."""
     question = question.strip()
-    if not question.endswith("?"):
-        question += "?"
-    return PROMPT.format(question=question)
+    return question if question.endswith("?") else question + "?"
 
 
-def encode_prompt(tokenizer: Any, question: str, chat_template: bool) -> list[int]:
-    """Token ids of the prompt, as one user message if a template is asked for and the tokenizer has one.
+def render_prompt(question: str, strategy: str = "search_r1") -> str:
+    """The user message for a question, byte for byte as Search-R1 writes it (but for "direct", which is ours)."""
+    return PROMPTS[strategy].format(question=asked(question))
+
+
+def encode_prompt(tokenizer: Any, question: str, chat_template: bool, strategy: str = "search_r1") -> list[int]:
+    """Token ids of the prompt; see `encode_message`."""
+    return encode_message(tokenizer, render_prompt(question, strategy), chat_template)
+
+
+def encode_message(tokenizer: Any, text: str, chat_template: bool) -> list[int]:
+    """Token ids of one user message, in the template if one is asked for and the tokenizer has one.
 
     Search-R1 wraps base models too (`verl/utils/dataset/rl_dataset.py`); Qwen's template adds its system message.
     """
-    text = render_prompt(question)
     if chat_template and tokenizer.chat_template:
         messages = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
