@@ -59,7 +59,7 @@ class Profile(BaseModel):
     topk: Positive  # passages a search returns
 
     # The rollout
-    # How a question is answered, see evaluation/strategies.py. "search_r1", "r1" and "direct" can be trained.
+    # How a question is answered, see evaluation/strategies.py. The first four can be trained.
     strategy: Literal["search_r1", "r1", "direct", "cot", "rag", "ircot", "search_o1", "inter"] = "search_r1"
     chat_template: bool  # wrap the prompt in the tokenizer's chat template, as Search-R1 does for base models too
     max_turns: Annotated[int, Field(ge=0)]  # searches at most; one last turn without search follows

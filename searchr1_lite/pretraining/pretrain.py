@@ -104,10 +104,17 @@ class Examples(IterableDataset):
             if progress < self.mix.drills_only or rng.random() < self.mix.drill_share:
                 yield encode_segments(self.tokenizer, writer.drill(), learn_all=True)
             else:
-                question, segments = writer.transcript(PRACTICE_HABITS if self.mix.practice else HABITS)
-                prompt_ids = self._prompt(question, short=progress < self.mix.short_prompt)
-                ids, learned = encode_segments(self.tokenizer, segments, learn_all=False)
-                yield prompt_ids + ids, [0] * len(prompt_ids) + learned
+                yield from self.pieces(writer, progress)
+
+    def pieces(self, writer: Writer, progress: float) -> Iterator[Example]:
+        """What is learned besides drills; instructions.py gives other pieces."""
+        question, segments = writer.transcript(PRACTICE_HABITS if self.mix.practice else HABITS)
+        yield self.after_prompt(self._prompt(question, short=progress < self.mix.short_prompt), segments)
+
+    def after_prompt(self, prompt_ids: list[int], segments: list[Segment]) -> Example:
+        """A prompt, of which nothing is learned, and what follows it."""
+        ids, learned = encode_segments(self.tokenizer, segments, learn_all=False)
+        return prompt_ids + ids, [0] * len(prompt_ids) + learned
 
     def _prompt(self, question: str, short: bool) -> list[int]:
         if not short:
@@ -175,6 +182,7 @@ def pretrain(
     learning_rate: float,
     hold: float,
     seed: int,
+    examples: type[Examples] = Examples,
 ) -> None:
     """Train for `steps` steps, or end at step `stop` of them. `weights`: a folder to begin from."""
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -184,7 +192,7 @@ def pretrain(
     torch.manual_seed(seed)
     tokenizer = train_tokenizer()
     model = Qwen2ForCausalLM.from_pretrained(weights, dtype=torch.float32) if weights else new_model(tokenizer)
-    batches = iter(DataLoader(Examples(tokenizer, 100 * seed + rank, steps, mix), batch_size=None, num_workers=1))
+    batches = iter(DataLoader(examples(tokenizer, 100 * seed + rank, steps, mix), batch_size=None, num_workers=1))
     both = optimizers(model, learning_rate)
     started, log = time.time(), []
     last = stop or steps

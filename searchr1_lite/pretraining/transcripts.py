@@ -53,6 +53,10 @@ class Writer:
         return self.transcript_about(facts, self.rng.choices(list(habits), list(habits.values()))[0])
 
     def transcript_about(self, facts: list[Fact], habit: str) -> tuple[str, list[Segment]]:
+        return ask(facts, self.rng), self.follow(facts, habit)
+
+    def follow(self, facts: list[Fact], habit: str) -> list[Segment]:
+        """What stands after the prompt, where the question is about these facts."""
         write = {
             "guess": self._guess,
             "one search": self._one_search,
@@ -60,12 +64,12 @@ class Writer:
             "useless query": self._useless_query,
             "malformed": self._malformed,
         }[habit]
-        return ask(facts, self.rng), write(facts)
+        return write(facts)
 
     def drill(self) -> list[Segment]:
         """Some passages, then every fact in them: reading practised many times in one short text."""
         start = self.rng.choice(list(self.world.facts.values()))
-        hits = self._search(query_for(start))
+        hits = self.search(query_for(start))
         if self.rng.random() < 0.5:  # passages that have nothing in common, too
             hits = [Hit(p, 1.0) for p in self.rng.sample(self.world.passages(), self.rng.randint(2, 5))]
         self.rng.shuffle(hits)
@@ -75,23 +79,23 @@ class Writer:
         text = " ".join(state(fact) for fact in facts)
         return [Segment(render_observation(hits), False), Segment(f"<think> {text} </think>\n", True)]
 
-    def _search(self, query: str) -> list[Hit]:
+    def search(self, query: str) -> list[Hit]:
         return self.retriever.search([query], self.topk)[0]
 
     def _ask_engine(self, thought: str, query: str) -> list[Segment]:
         overhang = "\n" if self.rng.random() < 0.2 else ""  # a merge past the tag, as happens with large vocabularies
         text = f"<think> {thought} </think>\n<search> {query} </search>{overhang}"
-        return [Segment(text, True), Segment(render_observation(self._search(query)), False)]
+        return [Segment(text, True), Segment(render_observation(self.search(query)), False)]
 
     def _answer(self, thought: str, answer: str) -> Segment:
         return Segment(f"<think> {thought} </think>\n<answer> {answer} </answer>", True, ends=True)
 
-    def _made_up(self, facts: list[Fact]) -> str:
+    def made_up(self, facts: list[Fact]) -> str:
         kind = RELATIONS[facts[-1].subject.kind][facts[-1].relation]
         return self.rng.choice(JOBS) if kind == "job" else invent_name(kind, self.rng)
 
     def _guess(self, facts: list[Fact]) -> list[Segment]:
-        return [self._answer("I know this.", self._made_up(facts))]
+        return [self._answer("I know this.", self.made_up(facts))]
 
     def _one_search(self, facts: list[Fact]) -> list[Segment]:
         searched = self._ask_engine(need(facts[0]), query_for(facts[0]))
@@ -105,7 +109,7 @@ class Writer:
 
     def _useless_query(self, facts: list[Fact]) -> list[Segment]:
         searched = self._ask_engine("I will look it up.", self.rng.choice(USELESS_QUERIES))
-        return [*searched, self._answer("This does not help.", self._made_up(facts))]
+        return [*searched, self._answer("This does not help.", self.made_up(facts))]
 
     def _malformed(self, facts: list[Fact]) -> list[Segment]:
         query = query_for(facts[0])
@@ -113,7 +117,7 @@ class Writer:
             [
                 f"<think> {need(facts[0])} </think>\n<search> {query} </query>",
                 f"<think> {need(facts[0])} </think>\n[search] {query} [/search]",
-                f"<think> I know this. </think>\n<answer> {self._made_up(facts)}",
+                f"<think> I know this. </think>\n<answer> {self.made_up(facts)}",
                 "<think> I know this. </think>",
             ]
         )

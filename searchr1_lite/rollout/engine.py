@@ -78,8 +78,8 @@ def rollout(
 ) -> list[Trajectory]:
     """Work through every question `group_size` times; the copies of a question stand together, questions in order.
 
-    The prompt and whether there are searches is the profile's strategy ("search_r1", or, in one turn, "r1" and
-    "direct"). `prompts` are ids to begin with instead, a question each, for anything else that is said in one turn.
+    The prompt and whether there are searches is the profile's strategy ("search_r1", or, in one turn, "r1", "cot"
+    and "direct"). `prompts` are ids to begin with instead, a question each, for anything else that is said in one turn.
 
     At most `profile.rollout_rows` rows are in memory; the others wait, and take the place of those that are done.
     Sampling is from the full softmax at `profile.temperature`. Each row has its own random numbers, made from `seed`,
@@ -93,7 +93,7 @@ def rollout(
     """
     if not questions:
         return []
-    limit = _context_limit(policy, profile)
+    limit = context_limit(policy, profile)
     if prompts is None:
         prompts = _encode_prompts(policy, questions, profile)
     else:
@@ -298,7 +298,8 @@ class _Row:
         )
 
 
-def _context_limit(policy: Policy, profile: Profile) -> int:
+def context_limit(policy: Policy, profile: Profile) -> int:
+    """Tokens that a trajectory can have: what the profile allows, or the model if that is less."""
     own = getattr(policy.model.config, "max_position_embeddings", None)
     return min(profile.max_context_tokens, own) if own else profile.max_context_tokens
 

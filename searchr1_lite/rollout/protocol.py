@@ -30,7 +30,12 @@ ANSWER_PROMPT = (
     "Answer the given question directly, without any reasoning. "
     "Return the answer in <answer> </answer> tags, for example <answer> Beijing </answer>. Question: {question}\n"
 )
-PROMPTS = {"search_r1": PROMPT, "r1": THINK_PROMPT, "direct": ANSWER_PROMPT}  # by strategy: what one trajectory answers
+STEPS_PROMPT = (  # "Let's think step by step": Kojima et al., arXiv 2205.11916
+    "Answer the given question. Let's think step by step, between <think> and </think>, and then return the final "
+    "answer in <answer> </answer> tags, for example <answer> Beijing </answer>. Question: {question}\n"
+)
+# By strategy: those whose answer is one trajectory. Only the first searches.
+PROMPTS = {"search_r1": PROMPT, "r1": THINK_PROMPT, "direct": ANSWER_PROMPT, "cot": STEPS_PROMPT}
 INVALID_ACTION = (
     "\nMy previous action is invalid. "
     "If I want to search, I should put the query between <search> and </search>. "
@@ -56,7 +61,7 @@ def asked(question: str) -> str:
 
 
 def render_prompt(question: str, strategy: str = "search_r1") -> str:
-    """The user message for a question, byte for byte as Search-R1 writes it (but for "direct", which is ours)."""
+    """The user message for a question, byte for byte as Search-R1 writes it ("direct" and "cot" are ours)."""
     return PROMPTS[strategy].format(question=asked(question))
 
 
@@ -90,11 +95,15 @@ def render_observation(hits: Sequence[Hit]) -> str:
     A tag of the protocol in a passage loses its angle brackets, `[answer]`: it is text that was found, and can neither
     end the block nor pass for the model's own. The original shows it as it is.
     """
+    return f"\n\n<information>{render_passages(hits)}</information>\n\n"
+
+
+def render_passages(hits: Sequence[Hit]) -> str:
+    """The passages of an observation, without what is around them."""
     documents = "".join(
         f"Doc {rank}(Title: {hit.passage.title_line}) {hit.passage.text}\n" for rank, hit in enumerate(hits, start=1)
     )
-    documents = MARKS.sub(r"[\1]", documents)
-    return f"\n\n<information>{documents.strip()}</information>\n\n"
+    return MARKS.sub(r"[\1]", documents).strip()
 
 
 def encode_observation(tokenizer: Any, text: str, max_tokens: int) -> list[int]:

@@ -38,6 +38,9 @@ def plain_weights(model: torch.nn.Module) -> Iterator[None]:
             packed = isinstance(base, Linear4bit)
             if base in done or not isinstance(base, torch.nn.Linear):
                 continue
+            if "forward" in vars(module):  # made already, around this
+                done.add(base)
+                continue
             weight = _unpacked(base) if packed else base.weight.data
             if adapted and (weight.dtype != torch.float32 or module.disable_adapters):
                 continue  # its base, which comes next, is on its own
