@@ -75,6 +75,7 @@ def test_a_written_row_says_all_that_the_summary_needs():
         "substring_match": 1.0,
         "searches": 2,
         "response_length": 3,
+        "retrieved_tokens": 2,
         "finished": True,
         "invalid_actions": 0,
         "hops": 2,

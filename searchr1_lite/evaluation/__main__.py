@@ -2,6 +2,7 @@ r"""Evaluate a model, or a base with an adapter, from a shell; any setting of th
 
     python -m searchr1_lite.evaluation --out runs/base
     python -m searchr1_lite.evaluation --out runs/mine-again --adapter data/results/runs/tiny-masked-seed0
+    python -m searchr1_lite.evaluation --out runs/rag strategy=rag model=data/tiny-instruct
     python -m searchr1_lite.evaluation --profile qwen2.5-3b-4bit --out runs/released quantization=none \
         model=PeterJinGo/SearchR1-nq_hotpotqa_train-qwen2.5-3b-em-grpo questions=paper eval_questions=60000
 
@@ -31,19 +32,27 @@ from pathlib import Path
 from typing import Any
 
 from searchr1_lite.config import ConfigError, Profile, load_profile, resolve_path, save_config
-from searchr1_lite.evaluation.evaluate import evaluate, figures, progress_line, scored_row, summarise_figures
+from searchr1_lite.evaluation.evaluate import (
+    SECONDS_BETWEEN_LINES,
+    Answered,
+    evaluate,
+    figures,
+    progress_line,
+    scored_row,
+    summarise_figures,
+)
 from searchr1_lite.evaluation.metrics import macro_average
 from searchr1_lite.jsonl import append_rows, read_rows, write_json
 from searchr1_lite.retrieval.cache import remembered
 from searchr1_lite.retrieval.load import load_retriever
 from searchr1_lite.rollout.policy import Policy, PolicyError, load_policy, with_adapter
-from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.training.__main__ import ERRORS, setting
 from searchr1_lite.training.checkpoints import RunFolderError, check_same_run, fingerprint, is_finished, read_json
 from searchr1_lite.training.grpo import held_out
 from searchr1_lite.training.recording import environment
-from searchr1_lite.types import Question, RetrievalError
+from searchr1_lite.types import Question, RetrievalError, Retriever
 
+SECONDS_BETWEEN_WRITES = 1.0  # what is lost where an evaluation is cut off, besides what was under way
 DECODINGS = {"greedy": ["greedy"], "sampled": ["sampled"], "both": ["greedy", "sampled"]}
 ROWS, MARK = "trajectories.jsonl.gz", "progress.json"
 
@@ -61,7 +70,7 @@ def evaluate_into(out: Path, profile: Profile, decoding: str = "both", adapter: 
     if is_finished(out):
         print(f"{out}: finished already, nothing to do")
         return read_json(out / "evaluation.json")
-    policy = with_adapter(load_policy(profile), adapter) if adapter else load_policy(profile)
+    policy = policy_of(profile, adapter)
     if not (out / "config.yaml").is_file():
         made = environment(policy) | {"adapter": adapter and str(adapter), "inputs": inputs}
         write_json(out / "environment.json", made)
@@ -70,7 +79,7 @@ def evaluate_into(out: Path, profile: Profile, decoding: str = "both", adapter: 
     if made["quantization"] != policy.quantization:
         raise RunFolderError(f"{out} was begun with quantization {made['quantization']}, which does not work here")
     _answer(out, policy, questions, profile, DECODINGS[decoding])
-    asked = profile.model_dump(include={"model", "questions", "test_split", "seed"})
+    asked = profile.model_dump(include={"model", "strategy", "questions", "test_split", "seed"})
     result = made | asked | _summaries(out, profile.questions)
     write_json(out / "evaluation.json", result)
     (out / MARK).unlink()
@@ -78,30 +87,42 @@ def evaluate_into(out: Path, profile: Profile, decoding: str = "both", adapter: 
 
 
 def _answer(out: Path, policy: Policy, questions: list[Question], profile: Profile, decodings: list[str]) -> None:
-    """Append what is missing to the rows; the mark says, every `rollout_rows` answers, how far they are whole."""
-    retriever = remembered(load_retriever(profile))
-    mark = read_json(out / MARK) or {"answered": 0, "bytes": 0}
+    """Append what is missing to the rows; the mark says how far they are whole, and what each decoding took."""
+    inner = load_retriever(profile)
+    mark = {"answered": 0, "bytes": 0, "seconds": {}, "retriever_calls": {}} | read_json(out / MARK)
     with (out / ROWS).open("ab") as rows:
         if rows.tell() < mark["bytes"]:
             raise RunFolderError(f"{out / ROWS} was changed since {MARK} was written; delete {out} to start again")
         rows.truncate(mark["bytes"])
     before, began, waiting = mark["answered"], time.monotonic(), []
-    answered, total = before, len(questions) * len(decodings)
+    said = began
+    total, extra = len(questions) * len(decodings), {"phase": "evaluation", "strategy": profile.strategy}
     for number, name in enumerate(decodings):
+        retriever = remembered(inner)  # anew, so that what one decoding asked does not spare the next its calls
+        written, called = time.monotonic(), 0
 
-        def keep(trajectory: Trajectory, name: str = name) -> None:
-            nonlocal answered
+        def keep(trajectory: Answered, name: str = name, retriever: Retriever = retriever) -> None:
+            nonlocal written, called, said
             if trajectory.stop_reason == "search failed":  # a retriever that is there again may well find something
                 question = trajectory.question.id
                 raise RetrievalError(f"question {question}: its search failed; the same command goes on from {out}")
-            answered += 1
-            waiting.append(scored_row(trajectory, phase="evaluation", decoding=name))
-            if len(waiting) < profile.rollout_rows and answered % len(questions):
+            mark["answered"] += 1
+            waiting.append(scored_row(trajectory, policy.tokenizer, decoding=name, **extra))
+            now, last = time.monotonic(), mark["answered"] % len(questions) == 0
+            if now - written < SECONDS_BETWEEN_WRITES and not last:
                 return
             append_rows(out / ROWS, waiting)
             waiting.clear()
-            write_json(out / MARK, {"answered": answered, "bytes": (out / ROWS).stat().st_size})
-            print(f"{out.name}: {name}, {progress_line(answered, total, time.monotonic() - began, before)}", flush=True)
+            mark["bytes"] = (out / ROWS).stat().st_size
+            mark["seconds"][name] = mark["seconds"].get(name, 0.0) + now - written
+            calls = getattr(retriever, "asked", 0) - getattr(retriever, "hits", 0)
+            mark["retriever_calls"][name] = mark["retriever_calls"].get(name, 0) + calls - called
+            written, called = now, calls
+            write_json(out / MARK, mark)
+            if now - said >= SECONDS_BETWEEN_LINES:
+                said = now
+                line = progress_line(mark["answered"], total, now - began, before)
+                print(f"{out.name}: {name}, {line}", flush=True)
 
         rest = questions[max(0, before - number * len(questions)) :]
         if rest:
@@ -121,14 +142,31 @@ def _summaries(out: Path, source: str) -> dict[str, dict[str, Any]]:
     for _, row in read_rows(out / ROWS, RunFolderError, "trajectories"):
         name = row["question"]["metadata"].get("data_source", source)
         grouped.setdefault(row["decoding"], {}).setdefault(name, []).append(figures(row))
-    result = {}
+    result, mark = {}, read_json(out / MARK)
     for decoding, sets in grouped.items():
         by_set = {name: summarise_figures(rows) for name, rows in sets.items()}
         shares = [(one["exact_match"], *one["exact_match_interval"]) for one in by_set.values()]
         average, low, high = macro_average(shares)
         result[decoding] = summarise_figures([row for rows in sets.values() for row in rows])
+        result[decoding] |= {key: mark[key].get(decoding) for key in ("seconds", "retriever_calls")}
         result[decoding] |= {"macro_average": average, "macro_average_interval": [low, high], "by_data_set": by_set}
     return result
+
+
+def named(profile: str | None, adapter: Path | None, settings: dict[str, Any]) -> tuple[Profile, Path | None]:
+    """The profile and the PEFT folder that a command names; a run folder brings both, and a profile named wins."""
+    name = profile or "tiny"
+    if adapter and (adapter / "config.yaml").is_file():
+        name, adapter = profile or adapter / "config.yaml", adapter / "adapter"
+    chosen = load_profile(name, **settings)
+    if adapter:
+        check_base(adapter, chosen.model)
+    return chosen, adapter
+
+
+def policy_of(profile: Profile, adapter: Path | None) -> Policy:
+    """The profile's model, with the adapter of a PEFT folder on it if there is one."""
+    return with_adapter(load_policy(profile), adapter) if adapter else load_policy(profile)
 
 
 def check_base(adapter: Path, model: str) -> None:
@@ -149,13 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--decoding", choices=DECODINGS, default="both")
     parser.add_argument("settings", nargs="*", type=setting, metavar="name=value")
     given = parser.parse_intermixed_args(arguments)
-    name, adapter = given.profile or "tiny", given.adapter
-    if adapter and (adapter / "config.yaml").is_file():
-        name, adapter = given.profile or adapter / "config.yaml", adapter / "adapter"
     try:
-        profile = load_profile(name, **dict(given.settings))
-        if adapter:
-            check_base(adapter, profile.model)
+        profile, adapter = named(given.profile, given.adapter, dict(given.settings))
         result = evaluate_into(given.out, profile, given.decoding, adapter)
     except ERRORS as error:
         sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
 """How good a policy is: answer questions, judge the answers, sum up.
 
-One call of `rollout` for all questions. Other ways to answer are not here; the command that evaluates into a folder is
-`__main__.py`.
+The profile's strategy says how they are answered: by `rollout`, or as `strategies.py` has it. The command that
+evaluates into a folder is `__main__.py`.
 """
 
 import time
@@ -10,6 +10,7 @@ from typing import Any
 
 from searchr1_lite.config import Profile
 from searchr1_lite.evaluation.metrics import by_hops, mean, share_interval
+from searchr1_lite.evaluation.strategies import STRATEGIES, Attempt, answer
 from searchr1_lite.retrieval.controls import Empty
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
@@ -17,9 +18,10 @@ from searchr1_lite.rollout.trajectory import Trajectory, trajectory_to_row
 from searchr1_lite.training.rewards import exact_match, f1, substring_match
 from searchr1_lite.types import Question, Retriever
 
+Answered = Trajectory | Attempt
 SECONDS_BETWEEN_LINES = 10.0
 SCORES = {"exact_match": exact_match, "f1": f1, "substring_match": substring_match}
-FIGURES = (*SCORES, "searches", "response_length", "finished", "invalid_actions")
+FIGURES = (*SCORES, "searches", "response_length", "retrieved_tokens", "finished", "invalid_actions")
 
 
 def evaluate(
@@ -30,9 +32,9 @@ def evaluate(
     greedy: bool = True,
     seed: int = 0,
     progress: Callable[[str], None] = print,
-    done: Callable[[Trajectory], None] = lambda trajectory: None,
-) -> tuple[dict, list[Trajectory]]:
-    """One trajectory a question, in order, and their summary (see `summarise`).
+    done: Callable[[Answered], None] = lambda trajectory: None,
+) -> tuple[dict, list[Answered]]:
+    """One trajectory (or attempt) a question, in order, and their summary (see `summarise`).
 
     `progress` gets a line with the rate and the time left, at most every ten seconds; a short evaluation is silent.
     `done` gets each trajectory, in order, as soon as it is ready.
@@ -42,7 +44,7 @@ def evaluate(
     started = said = time.monotonic()
     ready = 0
 
-    def one_more(trajectory: Trajectory) -> None:
+    def one_more(trajectory: Answered) -> None:
         nonlocal ready, said
         ready += 1
         done(trajectory)
@@ -51,16 +53,17 @@ def evaluate(
             said = now
             progress(progress_line(ready, len(questions), now - started))
 
-    trajectories = rollout(policy, questions, retriever, profile, greedy=greedy, seed=seed, done=one_more)
+    work_through = answer if profile.strategy in STRATEGIES else rollout
+    trajectories = work_through(policy, questions, retriever, profile, greedy=greedy, seed=seed, done=one_more)
     summary = summarise(trajectories)
     return summary | {"seconds": round(time.monotonic() - started, 3), "greedy": greedy}, trajectories
 
 
-def scored_row(trajectory: Trajectory, **extra: Any) -> dict[str, Any]:
+def scored_row(trajectory: Answered, tokenizer: Any = None, **extra: Any) -> dict[str, Any]:
     """`trajectory_to_row`, with the scores of what the model wrote; retrieved text is never judged."""
     golden = trajectory.question.golden_answers
     scores = {name: score(trajectory.policy_text, golden) for name, score in SCORES.items()}
-    return trajectory_to_row(trajectory, **extra, **scores, invalid_actions=trajectory.invalid_actions)
+    return trajectory_to_row(trajectory, tokenizer, **extra, **scores, invalid_actions=trajectory.invalid_actions)
 
 
 def figures(row: dict[str, Any]) -> dict[str, Any]:
@@ -69,7 +72,7 @@ def figures(row: dict[str, Any]) -> dict[str, Any]:
     return {name: row[name] for name in FIGURES} | more
 
 
-def summarise(trajectories: Sequence[Trajectory]) -> dict:
+def summarise(trajectories: Sequence[Answered]) -> dict:
     """Means over trajectories, one of which belongs to each question; see `summarise_figures`."""
     return summarise_figures([figures(scored_row(trajectory)) for trajectory in trajectories])
 
@@ -79,10 +82,11 @@ def summarise_figures(rows: Sequence[dict[str, Any]]) -> dict:
 
     `exact_match` judges what the model wrote, never retrieved text; its interval is Wilson's, 95 %. `f1` is of words,
     `substring_match` the share whose answer holds a golden one.
-    `response_length` is in tokens that the model wrote, `invalid_actions` and searches are counts a trajectory,
-    `answer_rate` is the share that ended in an answer. The `_by_hops` values have keys "1", "2", … for the hop counts
-    that the questions' metadata names, and are empty where it names none. A question whose search failed is in no
-    mean and not among `questions`; `failed_searches` counts them. Raises ValueError where no other is left.
+    `response_length` is in tokens that the model wrote, `retrieved_tokens` in those of what it was shown, both a
+    trajectory, as `invalid_actions` and searches are; `answer_rate` is the share that ended in an answer. The
+    `_by_hops` values have keys "1", "2", … for the hop counts that the questions' metadata names, and are empty where
+    it names none. A question whose search failed is in no mean and not among `questions`; `failed_searches` counts
+    them. Raises ValueError where no other is left.
     """
     failed = sum(row["failed"] for row in rows)
     rows = [row for row in rows if not row["failed"]]
@@ -100,6 +104,7 @@ def summarise_figures(rows: Sequence[dict[str, Any]]) -> dict:
         "mean_searches": mean(column["searches"]),
         "mean_searches_by_hops": by_hops(column["searches"], rows),
         "response_length": mean(column["response_length"]),
+        "retrieved_tokens": mean(column["retrieved_tokens"]),
         "answer_rate": mean(column["finished"]),
         "invalid_actions": mean(column["invalid_actions"]),
         "failed_searches": failed,

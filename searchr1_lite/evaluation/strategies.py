@@ -12,6 +12,7 @@ Left out: few-shot examples, which the papers give and which do not fit a small 
 import re
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 from searchr1_lite.config import Profile
@@ -179,21 +180,32 @@ def answer(
     seed: int = 0,
     done: Callable[[Attempt], None] = lambda attempt: None,
 ) -> list[Attempt]:
-    """Work through the questions by one of STRATEGIES, the profile's; in order, `rollout_rows` at a time.
+    """Work through the questions by one of STRATEGIES, the profile's; at most `rollout_rows` of them at a time.
 
     What the questions under way want next is asked together. Sampling, lengths and failing searches are as in
     `engine.rollout`: a search that fails for good ends its question, and a prompt that does not fit ends it too
-    (`stop_reason` "context").
+    (`stop_reason` "context"). `done` gets each attempt, in order, as soon as it and all before it are ready.
     """
     attempts = [Attempt(question) for question in questions]
+    waiting, ready = iter(attempts), 0
     with plain_weights(policy.model), Batcher(retriever) as searches:
         work = _Work(policy, profile, searches, greedy, seed)
-        for start in range(0, len(attempts), profile.rollout_rows):
-            batch = attempts[start : start + profile.rollout_rows]
-            work.through(batch)
-            for attempt in batch:
-                done(attempt)
+        wanted: list[_Wanted] = []
+        while ready < len(attempts):
+            wanted += map(work.begin, islice(waiting, profile.rollout_rows - len(wanted)))
+            wanted = work.one_step(wanted)
+            while ready < len(attempts) and attempts[ready].stop_reason:
+                done(attempts[ready])
+                ready += 1
     return attempts
+
+
+class _Wanted(NamedTuple):
+    """A question under way, and what it waits for."""
+
+    attempt: Attempt
+    steps: Generator[Search | Write, Any, str]
+    next: Search | Write
 
 
 @dataclass(slots=True)
@@ -204,19 +216,20 @@ class _Work:
     greedy: bool
     seed: int
 
-    def through(self, attempts: list[Attempt]) -> None:
-        strategy = STRATEGIES[self.profile.strategy]
-        going = [(attempt, strategy(attempt.question.question, self.profile)) for attempt in attempts]
-        wanted = [(attempt, steps, next(steps)) for attempt, steps in going]
-        while wanted:
-            texts = self._write([(a, want) for a, _, want in wanted if isinstance(want, Write)])
-            hits = self._search([(a, want) for a, _, want in wanted if isinstance(want, Search)])
-            came = texts | hits
-            wanted = [
-                (attempt, steps, want)
-                for attempt, steps, _ in wanted
-                if not attempt.stop_reason and (want := self._next(attempt, steps, came[id(attempt)])) is not None
-            ]
+    def begin(self, attempt: Attempt) -> _Wanted:
+        steps = STRATEGIES[self.profile.strategy](attempt.question.question, self.profile)
+        return _Wanted(attempt, steps, next(steps))
+
+    def one_step(self, wanted: list[_Wanted]) -> list[_Wanted]:
+        """Give each what it waits for; returns those that go on, with what they want then."""
+        texts = self._write([one for one in wanted if isinstance(one.next, Write)])
+        came = texts | self._search([one for one in wanted if isinstance(one.next, Search)])
+        going = []
+        for one in wanted:
+            following = None if one.attempt.stop_reason else self._next(one.attempt, one.steps, came[id(one.attempt)])
+            if following is not None:
+                going.append(one._replace(next=following))
+        return going
 
     def _next(self, attempt: Attempt, steps: Generator, came: Any) -> Search | Write | None:
         try:
@@ -228,11 +241,11 @@ class _Work:
             attempt.turns[-1] = Turn(attempt.turns[-1].text, "answer" if answered else "invalid")
             return None
 
-    def _write(self, wanted: list[tuple[Attempt, Write]]) -> dict[int, str]:
+    def _write(self, wanted: list[_Wanted]) -> dict[int, str]:
         tokenizer = self.policy.tokenizer
         limit = context_limit(self.policy, self.profile) - self.profile.max_response_tokens
         prompts, fit = [], []
-        for attempt, want in wanted:
+        for attempt, _, want in wanted:
             ids = encode_message(tokenizer, want.message, self.profile.chat_template)
             ids += tokenizer.encode(want.begun, add_special_tokens=False)
             if len(ids) > limit:
@@ -256,10 +269,10 @@ class _Work:
             attempt.turns.append(Turn(call.policy_text, "write"))
         return {id(attempt): call.policy_text for attempt, call in zip(fit, calls, strict=True)}
 
-    def _search(self, wanted: list[tuple[Attempt, Search]]) -> dict[int, tuple[Hit, ...]]:
-        queries, of = [want.query for _, want in wanted], [attempt.question for attempt, _ in wanted]
-        found = {}
-        for (attempt, want), asked_for in zip(wanted, self.searches.ask(queries, self.profile.topk, of), strict=True):
+    def _search(self, wanted: list[_Wanted]) -> dict[int, tuple[Hit, ...]]:
+        queries, of = [one.next.query for one in wanted], [one.attempt.question for one in wanted]
+        found, futures = {}, self.searches.ask(queries, self.profile.topk, of)
+        for (attempt, _, want), asked_for in zip(wanted, futures, strict=True):
             if error := asked_for.exception():
                 attempt.stop_reason = "search refused" if isinstance(error, QueryRefusedError) else "search failed"
                 continue
