@@ -34,7 +34,6 @@ class Profile(BaseModel):
 
     # The model
     model: str  # a hub name or a folder (relative folders are looked up from the project's root)
-    instruct_model: str | None = None  # the same model tuned to follow instructions: evaluation/compare.py asks it
     quantization: Literal["none", "nf4"]  # nf4: bitsandbytes 4-bit NormalFloat, double quantised
     dtype: Literal["float32", "bfloat16"]  # of everything that is not quantised or LoRA
     device: Literal["auto", "cpu", "cuda"]  # auto: a GPU if there is one
@@ -124,6 +123,10 @@ class Profile(BaseModel):
             )
         if self.retriever == "oracle" and (self.noise_start or self.noise_end):
             raise ValueError("an oracle has no noise: take another retriever, or noise_start = noise_end = 0")
+        if self.algorithm != "grpo" and (self.noise_start or self.noise_end):
+            raise ValueError(
+                f"noise changes over rollouts, and {self.algorithm} makes none: noise_start = noise_end = 0"
+            )
         least = self.max_prompt_tokens + self.max_response_tokens
         if self.max_context_tokens < least:
             raise ValueError(
