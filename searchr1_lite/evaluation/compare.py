@@ -3,8 +3,8 @@
     python -m searchr1_lite.evaluation.compare --out runs/ten-ways --seeds 0 1 2       (make ten-ways)
     python -m searchr1_lite.evaluation.compare --out runs/two --ways rag search_r1_base --seeds 0 topk=1
 
-A way is a strategy, a model (the profile's `model`, or its `instruct_model`), and for some a training, which differ in
-nothing but what WAYS says. Each leaves OUT/seed<N>/<way>/, an evaluation folder, and the trained ones
+A way is a strategy, a model (the profile's, or the one like it that follows instructions), and for some a training;
+they differ in nothing but what WAYS says. Each leaves OUT/seed<N>/<way>/, an evaluation folder, and the trained ones
 OUT/seed<N>/<way>-training/, a run folder. The same command again goes on after a cut. `analysis/table.py` makes the
 table. As in the paper (arXiv 2503.09516), what only prompts asks the instruct model, which follows prompts; which
 model its supervised fine-tuning began from it does not say, here it is the base.
@@ -16,7 +16,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from searchr1_lite.config import ConfigError, Profile, load_profile
+from searchr1_lite.config import Profile, load_profile
 from searchr1_lite.evaluation.__main__ import evaluate_into
 from searchr1_lite.training.__main__ import ERRORS, setting
 from searchr1_lite.training.grpo import train
@@ -47,18 +47,21 @@ WAYS = {
 }
 
 
-def profile_of(way: Way, profile: Profile) -> Profile:
-    """The profile with the way's strategy, model and training. ConfigError where it names no instruct model."""
-    if way.model == "instruct" and profile.instruct_model is None:
-        raise ConfigError(f"profile {profile.name!r} names no instruct_model, which some of the ways need; give one")
-    model = profile.instruct_model if way.model == "instruct" else profile.model
+def instruct_model(base: str) -> str:
+    """The model like this base that was tuned to follow instructions, by the names that Qwen's have."""
+    return "data/tiny-instruct" if base == "data/tiny-base" else f"{base}-Instruct"
+
+
+def profile_of(way: Way, profile: Profile, instruct: str) -> Profile:
+    """The profile with the way's strategy, model and training."""
+    model = instruct if way.model == "instruct" else profile.model
     changed = {"strategy": way.strategy, "model": model} | (way.training or {})
     return Profile.model_validate(profile.model_dump() | changed)
 
 
-def follow(name: str, profile: Profile, folder: Path) -> dict[str, Any]:
+def follow(name: str, profile: Profile, instruct: str, folder: Path) -> dict[str, Any]:
     """Train a way if it is trained, ask it, and return its evaluation.json; what is there already is not made again."""
-    chosen, adapter = profile_of(WAYS[name], profile), None
+    chosen, adapter = profile_of(WAYS[name], profile, instruct), None
     if WAYS[name].training is not None:
         adapter = train(chosen, folder / f"{name}-training") / "adapter"
     return evaluate_into(folder / name, chosen, "both", adapter)
@@ -68,6 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m searchr1_lite.evaluation.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="tiny", help="a profile's name or a .yaml file")
     parser.add_argument("--out", type=Path, required=True, help="made here; a comparison that was cut off goes on")
+    parser.add_argument("--instruct", help="the model that follows instructions; else that of the base's name")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("settings", nargs="*", type=setting, metavar="name=value")
@@ -77,7 +81,9 @@ def main(arguments: list[str] | None = None) -> None:
         for seed in given.seeds:
             profile = load_profile(given.profile, **dict(given.settings) | {"seed": seed})
             for number, name in enumerate(given.ways, 1):
-                result = follow(name, profile, given.out / f"seed{seed}")
+                result = follow(
+                    name, profile, given.instruct or instruct_model(profile.model), given.out / f"seed{seed}"
+                )
                 scores = [f"{kind} {result[kind]['exact_match']:.3f}" for kind in ("greedy", "sampled")]
                 minutes = (time.monotonic() - began) / 60
                 print(
