@@ -78,7 +78,7 @@ def evaluate_into(out: Path, profile: Profile, decoding: str = "both", adapter: 
     made = read_json(out / "environment.json")
     if made["quantization"] != policy.quantization:
         raise RunFolderError(f"{out} was begun with quantization {made['quantization']}, which does not work here")
-    _answer(out, policy, questions, profile, DECODINGS[decoding])
+    answer_all(out, policy, questions, profile, DECODINGS[decoding])
     asked = profile.model_dump(include={"model", "strategy", "questions", "test_split", "seed"})
     result = made | asked | _summaries(out, profile.questions)
     write_json(out / "evaluation.json", result)
@@ -86,7 +86,7 @@ def evaluate_into(out: Path, profile: Profile, decoding: str = "both", adapter: 
     return result
 
 
-def _answer(out: Path, policy: Policy, questions: list[Question], profile: Profile, decodings: list[str]) -> None:
+def answer_all(out: Path, policy: Policy, questions: list[Question], profile: Profile, decodings: list[str]) -> None:
     """Append what is missing to the rows; the mark says how far they are whole, and what each decoding took."""
     inner = load_retriever(profile)
     mark = {"answered": 0, "bytes": 0, "seconds": {}, "retriever_calls": {}} | read_json(out / MARK)
