@@ -36,7 +36,10 @@ def setting(text: str) -> tuple[str, object]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ArgumentTypeError(f"{text!r} is not of the form name=value")
-    return name, yaml.safe_load(value)
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ArgumentTypeError(f"{text!r}: the value is no YAML ({str(error).splitlines()[0]})") from None
 
 
 def main(arguments: list[str] | None = None) -> None:
