@@ -10,19 +10,21 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoints import result, run
 
-KILLS = 6
+KILLS = {"grpo": 6, "sft": 2, "rejection_sampling": 3}
 SETTINGS = {"steps": 10, "save_every": 2, "updates_per_rollout": 1}
 
 
-def work(folder: Path, retriever) -> None:
+def work(folder: Path, retriever, algorithm: str) -> None:
     """The whole run, in a process of its own."""
     from conftest import make_tokenizer
 
-    from searchr1_lite.training import grpo
+    from searchr1_lite.training import demonstrations, grpo
 
     torch.set_num_threads(1)
     grpo.trajectory_reward = lambda trajectory, *kind: sum(trajectory.completion_ids) % 7 / 7
-    run(folder, make_tokenizer(), retriever, **SETTINGS)
+    if algorithm == "rejection_sampling":  # some noise is right
+        demonstrations.exact_match = lambda text, golden: len(text) % 2
+    run(folder, make_tokenizer(), retriever, algorithm=algorithm, **SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +37,10 @@ def processes() -> multiprocessing.context.BaseContext:
     return context
 
 
-def test_killed_at_random_moments_it_ends_the_same(tmp_path, retriever, processes):
+@pytest.mark.parametrize("algorithm", list(KILLS))
+def test_killed_at_random_moments_it_ends_the_same(tmp_path, retriever, processes, algorithm):
     def start(name: str) -> multiprocessing.Process:
-        process = processes.Process(target=work, args=(tmp_path / name, retriever))
+        process = processes.Process(target=work, args=(tmp_path / name, retriever, algorithm))
         process.start()
         return process
 
@@ -46,7 +49,7 @@ def test_killed_at_random_moments_it_ends_the_same(tmp_path, retriever, processe
     start("straight").join()
     seconds = time.monotonic() - began
     chance, killed, folders = random.Random(0), 0, []
-    while killed < KILLS:
+    while killed < KILLS[algorithm]:
         folders.append(tmp_path / f"killed-{len(folders)}")
         ended = False
         while not ended:

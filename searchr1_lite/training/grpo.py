@@ -42,6 +42,7 @@ from searchr1_lite.rollout.vllm import VLLMWriter
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.training import checkpoints
 from searchr1_lite.training.correction import correct_for_sampler
+from searchr1_lite.training.demonstrations import cross_entropy, make_demonstrations
 from searchr1_lite.training.recording import Recorder, append_trajectories, environment
 from searchr1_lite.training.rewards import trajectory_reward
 from searchr1_lite.types import Question, Retriever
@@ -114,7 +115,9 @@ def train(
         evaluate_before(run_folder, policy, eval_questions, retriever, profile, progress)
     else:
         progress(f"{run_folder.name}: going on after step {_step_of(checkpoint, profile)}")
-    trainer = build_trainer(profile, run_folder, policy, order, retriever, progress)
+    with memory_for("rollout", profile, "rollout_rows", "max_context_tokens"):
+        demonstrations = make_demonstrations(policy, questions, order, retriever, profile, run_folder, progress)
+    trainer = build_trainer(profile, run_folder, policy, order, retriever, progress, demonstrations)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -195,10 +198,18 @@ def build_trainer(
     order: Sequence[Question],
     retriever: Retriever,
     progress: Callable[[str], Any] = print,
+    demonstrations: Sequence[Trajectory] = (),
 ) -> "MaskedGRPOTrainer":
-    """A trainer with a fresh fp32 adapter on the policy's model; `order` holds the questions of all steps."""
+    """A trainer with a fresh fp32 adapter on the policy's model; `order` holds the questions of all steps.
+
+    So do `demonstrations`, `rollouts_per_step` a step, which are then learned from in place of rollouts.
+    """
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    recorder = Recorder(profile, run_folder, progress)
+    recorder = Recorder(profile, run_folder, progress, policy.tokenizer)
+    if profile.algorithm == "grpo":
+        rollout_func = make_rollout_func(profile, policy, order, retriever, recorder)
+    else:
+        rollout_func = hand_out(profile, policy, demonstrations, recorder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name in transformers
         trainer = MaskedGRPOTrainer(
@@ -206,7 +217,7 @@ def build_trainer(
             processing_class=policy.tokenizer,
             args=trl_config(profile, run_folder, policy.device),
             reward_funcs=reward_of_rollout,
-            rollout_func=make_rollout_func(profile, policy, order, retriever, recorder),
+            rollout_func=rollout_func,
             train_dataset=Dataset.from_dict({"prompt": [question.id for question in order]}),
             # Given here rather than wrapped before: the KL's reference is then the base without its adapter.
             peft_config=LoraConfig(
@@ -219,7 +230,7 @@ def build_trainer(
             callbacks=[recorder],
         )
     trainer.settings = profile
-    if profile.sampler == "vllm":
+    if profile.sampler == "vllm" and profile.algorithm == "grpo":
         correct_for_sampler(trainer)
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
@@ -241,13 +252,13 @@ def trl_config(profile: Profile, run_folder: Path, device: torch.device) -> GRPO
         num_iterations=1,
         max_steps=profile.steps * updates,
         shuffle_dataset=False,  # `question_order` has done it
-        temperature=profile.temperature,
+        temperature=profile.temperature if profile.algorithm == "grpo" else 1.0,
         max_completion_length=profile.max_context_tokens,
         loss_type="bnpo",  # token mean, verl's masked_mean; here over all tokens of the update
         scale_rewards="group",
         importance_sampling_level="token",
         epsilon=profile.epsilon,
-        beta=profile.beta,
+        beta=profile.beta if profile.algorithm == "grpo" else 0.0,
         use_bias_correction_kl=False,
         entropy_coef=profile.entropy_coef,
         mask_truncated_completions=False,
@@ -325,6 +336,10 @@ class MaskedGRPOTrainer(GRPOTrainer):
             if values := noted.get(name):
                 own = tokens @ torch.tensor(values[-len(tokens) :], device=tokens.device)
                 values[-len(tokens) :] = [(self.accelerator.reduce(own, reduction="sum") / total).item()]
+
+    def _compute_loss(self, model, inputs) -> torch.Tensor:
+        demonstrated = self.settings.algorithm != "grpo"
+        return cross_entropy(self, model, inputs) if demonstrated else super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options
@@ -417,15 +432,38 @@ def make_rollout_func(
                 seed=seed,
                 writer=server,
             )
-        set_seed(seed)  # what follows (order of rows, dropout) depends on the step alone as well
-        rewards = group_rewards(trajectories, profile)
-        everyone = gather_object(trajectories), gather_object(rewards)  # in the order of one process
+        columns = _recorded(trajectories, step, start, profile, policy, recorder)
         if trainer.accelerator.is_main_process:
-            recorder.record(step + 1, *everyone, time.perf_counter() - start)
             recorder.rollouts["cache_hits"] = getattr(cached, "hits", 0) - before
-        return trl_columns(trajectories, profile.masked, policy.tokenizer.eos_token_id) | {"reward": rewards}
+        return columns
 
     return rollout_func
+
+
+def hand_out(
+    profile: Profile, policy: Policy, demonstrations: Sequence[Trajectory], recorder: Recorder
+) -> Callable[[list[str], GRPOTrainer], dict[str, list]]:
+    """As `make_rollout_func`, but nothing is rolled out: each step has the next `rollouts_per_step` demonstrations."""
+
+    def rollout_func(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
+        step, start = trainer.state.global_step // profile.updates_per_rollout, time.perf_counter()
+        first = step * profile.rollouts_per_step + trainer.accelerator.process_index * len(prompts)
+        own = demonstrations[first : first + len(prompts)]
+        return _recorded(own, step, start, profile, policy, recorder)
+
+    return rollout_func
+
+
+def _recorded(
+    trajectories: Sequence[Trajectory], step: int, start: float, profile: Profile, policy: Policy, recorder: Recorder
+) -> dict[str, list]:
+    """This process's trajectories of a step as TRL takes them; those of all processes are put on record."""
+    set_seed(profile.seed * 1_000_003 + step)  # what follows (order of rows, dropout) depends on the step alone as well
+    rewards = group_rewards(trajectories, profile)
+    everyone = gather_object(trajectories), gather_object(rewards)  # in the order of one process
+    if PartialState().is_main_process:
+        recorder.record(step + 1, *everyone, time.perf_counter() - start)
+    return trl_columns(trajectories, profile.masked, policy.tokenizer.eos_token_id) | {"reward": rewards}
 
 
 def group_rewards(trajectories: Sequence[Trajectory], profile: Profile) -> list[float]:
@@ -529,7 +567,8 @@ def _evaluate(
     samples = trajectories[:EVALUATION_SAMPLES]
     rewards = [_reward(trajectory, profile) for trajectory in samples]
     if PartialState().is_main_process:
-        append_trajectories(run_folder, samples, rewards, 0 if phase == "before" else profile.steps, phase)
+        step = 0 if phase == "before" else profile.steps
+        append_trajectories(run_folder, samples, rewards, step, phase, policy.tokenizer)
     return summary | summarise(trajectories)
 
 

@@ -2,6 +2,11 @@
 
 A run folder holds config.yaml (the profile), environment.json, metrics.jsonl (a line a step), trajectories.jsonl.gz,
 evaluation.json (before, after, closed book; written last) and adapter/. `analysis/runs.py` reads it.
+
+Where a run learns from demonstrations, a step's figures describe these: `reward` and `exact_match` are theirs, 1 by
+their choice, and say nothing of the model. What falls is `loss`, the cross-entropy of their learned tokens at the
+step's beginning; `entropy` is the model's at these tokens, `kl` and `clip_ratio` are null. How good the model is,
+evaluation.json says alone. Rejection sampling leaves demonstrations.jsonl.gz as well.
 """
 
 import json
@@ -32,6 +37,7 @@ class Recorder(TrainerCallback):
     profile: Profile
     run_folder: Path
     progress: Callable[[str], Any] = print
+    tokenizer: Any = None
     rollouts: dict[str, Any] = field(default_factory=dict)
     started: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
@@ -41,7 +47,9 @@ class Recorder(TrainerCallback):
         self.rollouts = {"step": step, **rollout_metrics(trajectories, rewards, self.profile.group_size)}
         self.rollouts["seconds_rollout"] = seconds
         if step == 1 or step % self.profile.save_trajectories_every == 0:
-            append_trajectories(self.run_folder, trajectories, rewards, step, "train")
+            sampled = self.profile.algorithm != "sft"  # golden answers have no log-probabilities to show
+            tokenizer = self.tokenizer if sampled else None
+            append_trajectories(self.run_folder, trajectories, rewards, step, "train", tokenizer)
 
     def on_step_begin(self, args, state, control, **_) -> None:
         if state.global_step % self.profile.updates_per_rollout == 0:
@@ -55,7 +63,7 @@ class Recorder(TrainerCallback):
             "kl": logs.get("kl"),
             "entropy": logs["entropy"],
             "grad_norm": logs["grad_norm"],
-            "clip_ratio": logs["clip_ratio/region_mean"],
+            "clip_ratio": logs.get("clip_ratio/region_mean"),
             "loss": logs["loss"],
             "learning_rate": logs["learning_rate"],
             "seconds_training": seconds - self.rollouts["seconds_rollout"],
@@ -76,9 +84,12 @@ class Recorder(TrainerCallback):
         if step != 1 and step != steps and step % max(1, round(steps / 8)):
             return
         rate = sum(self.step_seconds) / len(self.step_seconds)
+        going = f"exact match {metrics['exact_match']:.2f}  searches {metrics['searches']:.2f}"
+        if self.profile.algorithm != "grpo":
+            going = f"loss {metrics['loss']:.3f}"
         self.progress(
-            f"{self.run_folder.name}: step {step}/{steps}  exact match {metrics['exact_match']:.2f}  "
-            f"searches {metrics['searches']:.2f}  {rate:.1f} s a step, {_duration(rate * (steps - step))} left"
+            f"{self.run_folder.name}: step {step}/{steps}  {going}  {rate:.1f} s a step, "
+            f"{_duration(rate * (steps - step))} left"
             + (
                 f"  {metrics['failed_searches']} trajectories left out: a search failed"
                 * bool(metrics["failed_searches"])
@@ -116,12 +127,18 @@ def rollout_metrics(trajectories: Sequence[Trajectory], rewards: Sequence[float]
 
 
 def append_trajectories(
-    run_folder: Path, trajectories: Sequence[Trajectory], rewards: Sequence[float], step: int, phase: str
+    run_folder: Path,
+    trajectories: Sequence[Trajectory],
+    rewards: Sequence[float],
+    step: int,
+    phase: str,
+    tokenizer: Any = None,
 ) -> None:
-    """Add a batch to trajectories.jsonl.gz."""
+    """Add a batch to trajectories.jsonl.gz; with a tokenizer, its tokens and log-probabilities too."""
     rows = [
         trajectory_to_row(
             trajectory,
+            tokenizer,
             step=step,
             phase=phase,
             reward=reward,

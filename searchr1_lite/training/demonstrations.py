@@ -1,0 +1,184 @@
+"""Demonstrations: trajectories that were chosen, to be made likely. SFT and rejection sampling by the trainer of GRPO.
+
+Both are baselines of the paper (arXiv 2503.09516, section Baselines). SFT learns golden answers. Rejection sampling
+lets the untrained model answer with the search engine, a few times a question, and learns what came out right: whole
+trajectories of several turns, what was retrieved masked. Leaves out demonstrations from elsewhere, and a second round
+of sampling from the model that was trained.
+"""
+
+import gzip
+import json
+import os
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from trl import GRPOTrainer
+
+from searchr1_lite.config import ConfigError, Profile
+from searchr1_lite.evaluation.evaluate import progress_line
+from searchr1_lite.jsonl import read_rows
+from searchr1_lite.retrieval.cache import remembered
+from searchr1_lite.rollout.engine import rollout
+from searchr1_lite.rollout.policy import Policy
+from searchr1_lite.rollout.protocol import encode_prompt
+from searchr1_lite.rollout.trajectory import Trajectory, Turn, trajectory_to_row
+from searchr1_lite.rollout.vllm import VLLMWriter
+from searchr1_lite.tasks.questions import QuestionError
+from searchr1_lite.training.checkpoints import RunFolderError
+from searchr1_lite.training.objective import masked_mean
+from searchr1_lite.training.rewards import exact_match
+from searchr1_lite.types import Hit, Passage, Question, Retriever
+
+TOKENS = ("prompt_ids", "completion_ids", "loss_mask", "logprobs")  # what a row here has beside `trajectory_to_row`'s
+
+
+def make_demonstrations(
+    policy: Policy,
+    questions: Sequence[Question],
+    order: Sequence[Question],
+    retriever: Retriever,
+    profile: Profile,
+    run_folder: Path,
+    progress: Callable[[str], Any],
+) -> list[Trajectory]:
+    """Those of all steps, one after another; for GRPO none. `order` holds the questions that GRPO would ask.
+
+    SFT goes through all questions, rejection sampling through what came out right of those in `order`.
+    """
+    if profile.algorithm == "sft":
+        return golden_answers(policy, in_passes(questions, profile), profile)
+    if profile.algorithm == "rejection_sampling":
+        asked = list(dict.fromkeys(order))
+        return in_passes(right_answers(policy, asked, retriever, profile, run_folder, progress), profile)
+    return []
+
+
+def in_passes(items: Sequence[Any], profile: Profile) -> list[Any]:
+    """Items for all steps, as many in each as GRPO has rollouts: a new shuffle for each pass, made from the seed."""
+    shuffle, order = random.Random(profile.seed), []
+    needed = profile.steps * profile.rollouts_per_step
+    while len(order) < needed:
+        order += shuffle.sample(list(items), len(items))
+    return order[:needed]
+
+
+def golden_answers(policy: Policy, questions: Sequence[Question], profile: Profile) -> list[Trajectory]:
+    """The first golden answer to each question, as the model would write it at once, with every token learned.
+
+    No end token follows: as in a rollout, the turn ends with its closing tag, and nobody reads on.
+    Raises QuestionError for an answer that would not be read as one, or does not fit.
+    """
+    made = []
+    for question in questions:
+        text = f"<answer> {question.golden_answers[0]} </answer>"
+        prompt = encode_prompt(policy.tokenizer, question.question, profile.chat_template, profile.strategy)
+        ids = policy.tokenizer.encode(text, add_special_tokens=False)
+        fits = len(prompt) <= profile.max_prompt_tokens and len(ids) <= profile.max_response_tokens
+        if not fits or not exact_match(text, question.golden_answers):
+            what = f"is not read as its answer, or {len(prompt)} + {len(ids)} tokens do not fit"
+            limits = f"{profile.max_prompt_tokens}, max_response_tokens = {profile.max_response_tokens}"
+            raise QuestionError(f"question {question.id}: {text!r} {what} (max_prompt_tokens = {limits})")
+        own, unsampled, turn = (1,) * len(ids), (0.0,) * len(ids), Turn(text, "answer")
+        made.append(Trajectory(question, tuple(prompt), tuple(ids), own, unsampled, (turn,), True, "answer"))
+    return made
+
+
+def right_answers(
+    policy: Policy,
+    questions: Sequence[Question],
+    retriever: Retriever,
+    profile: Profile,
+    run_folder: Path,
+    progress: Callable[[str], Any],
+) -> list[Trajectory]:
+    """What the untrained policy gets right in `group_size` tries at each question, sampled once a run.
+
+    demonstrations.jsonl.gz keeps them, ids and masks as they were sampled; it is there whole, with gzip's checksum, or
+    not at all. A run that is cut off before goes on with the part, `save_every` steps' questions, that it was at.
+    Raises ConfigError where none is right, and RunFolderError for a damaged file.
+    """
+    path, process = run_folder / "demonstrations.jsonl.gz", PartialState()
+    missing = not path.is_file()
+    process.wait_for_everyone()  # all have looked
+    if missing:
+        size = profile.save_every * profile.questions_per_step
+        parts = [run_folder / f"checkpoints/right-{first}.jsonl.gz" for first in range(0, len(questions), size)]
+        searched, began, here = remembered(retriever), time.monotonic(), 0
+        writer = VLLMWriter(policy, profile) if profile.sampler == "vllm" else None
+        for number, part in enumerate(parts):
+            asked = questions[number * size :][:size]
+            if not part.is_file():
+                _sample(policy, asked, searched, profile, writer, part)
+                here, done = here + len(asked), number * size + len(asked)
+                line = progress_line(done, len(questions), time.monotonic() - began, done - here)
+                progress(f"{run_folder.name}: candidates for {line}")
+        whole = b"".join(part.read_bytes() for part in parts)
+        if not gzip.decompress(whole):
+            tried = f"group_size = {profile.group_size} answers to each of {len(questions)} questions"
+            raise ConfigError(
+                f"none of {tried} was right: nothing to learn from. Raise group_size or steps, or change model"
+            )
+        if process.is_main_process:
+            _replace(path, whole)
+        process.wait_for_everyone()
+    right = [_trajectory(row) for _, row in read_rows(path, RunFolderError, "demonstrations")]
+    searches = ", ".join(f"{n} with {count}" for count, n in sorted(Counter(one.searches for one in right).items()))
+    tried = len(questions) * profile.group_size
+    progress(f"{run_folder.name}: {len(right)} of {tried} candidates are right ({searches} searches)")
+    return right
+
+
+def _sample(
+    policy: Policy,
+    questions: Sequence[Question],
+    retriever: Retriever,
+    profile: Profile,
+    writer: VLLMWriter | None,
+    part: Path,
+) -> None:
+    """Write the right ones of `group_size` answers to each question, in the order of the questions."""
+    process, seed = PartialState(), profile.seed * 1_000_003  # as at a run's first step
+    own = questions[process.process_index :: process.num_processes]
+    tried = rollout(policy, own, retriever, profile, group_size=profile.group_size, seed=seed, writer=writer)
+    right = [t for t in tried if exact_match(t.policy_text, t.question.golden_answers) and not t.search_failed]
+    place = {question.id: number for number, question in enumerate(questions)}
+    right = sorted(gather_object(right), key=lambda one: place[one.question.id])
+    if process.is_main_process:
+        rows = [trajectory_to_row(one) | {name: getattr(one, name) for name in TOKENS} for one in right]
+        _replace(part, gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
+    process.wait_for_everyone()
+
+
+def _trajectory(row: dict[str, Any]) -> Trajectory:
+    """Back from its row. Of the passages that were found the ids are left; their text is in the observation."""
+    turns = []
+    for turn in row["turns"]:
+        hits = tuple(Hit(Passage(key, "", ""), 0.0) for key in turn["hit_ids"])
+        turns.append(Turn(turn["text"], turn["action"], turn["query"], hits, turn["observation"]))
+    asked = Question(**row["question"] | {"golden_answers": tuple(row["question"]["golden_answers"])})
+    return Trajectory(asked, *(tuple(row[name]) for name in TOKENS), tuple(turns), row["finished"], row["stop_reason"])
+
+
+def _replace(path: Path, content: bytes) -> None:
+    beside = path.with_name(path.name + ".new")
+    beside.write_bytes(content)
+    os.replace(beside, path)
+
+
+def cross_entropy(trainer: GRPOTrainer, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """Mean of -log p over the learned tokens of TRL's `inputs`, at temperature 1: a scalar.
+
+    Its gradient is that of the policy loss where every advantage and every ratio is 1.
+    """
+    ids, attention = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
+    mask = inputs["completion_mask"] * inputs["tool_mask"]
+    scored = trainer._get_per_token_logps_and_entropies(model, ids, attention, mask.size(1), compute_entropy=True)
+    trainer._metrics["train"]["entropy"].append(masked_mean(scored[1], mask).item())
+    return masked_mean(-scored[0], mask)
