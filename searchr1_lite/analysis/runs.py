@@ -62,7 +62,7 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not folder.is_dir():
         raise RunError(f"{folder}: there is no such run folder")
-    profile = _read_mapping(folder / "config.yaml")
+    profile = read_mapping(folder / "config.yaml")
     if "masked" not in profile:
         raise RunError(f"{folder / 'config.yaml'}: the setting 'masked' is missing; is this a run's configuration?")
     evaluation = folder / "evaluation.json"
@@ -70,7 +70,7 @@ def load_run(folder: str | Path) -> Run:
         name=folder.resolve().name,
         folder=folder,
         profile=profile,
-        environment=_read_mapping(folder / "environment.json"),
+        environment=read_mapping(folder / "environment.json"),
         metrics=_read_metrics(folder / "metrics.jsonl"),
         evaluation=_read_evaluation(evaluation) if evaluation.exists() else None,
     )
@@ -122,7 +122,8 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML or JSON file that holds a mapping; RunError if it does not."""
     text = _read_text(path)
     try:
         value = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -134,7 +135,7 @@ def _read_mapping(path: Path) -> dict[str, Any]:
 
 
 def _read_evaluation(path: Path) -> dict[str, Any]:
-    evaluation = _read_mapping(path)
+    evaluation = read_mapping(path)
     missing = [key for key in ("before", "after", "closed_book") if key not in evaluation]
     if missing:
         raise RunError(f"{path}: lacks {', '.join(missing)}")

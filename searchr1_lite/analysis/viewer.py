@@ -1,13 +1,18 @@
-"""One trajectory as people read it: text for a terminal, HTML for a notebook or a page.
+"""One trajectory as people read it: text for a terminal, HTML for a notebook. `page.py` makes a page of many.
 
 Works on rows of trajectories.jsonl.gz. All text of the model and of the passages is escaped: what a passage says is
 shown, never rendered. Token by token, with the mask under it, a trajectory is drawn in notebook 02.
 """
 
+import re
 from html import escape
 from typing import Any
 
+from searchr1_lite.plain import plain
+
 Row = dict[str, Any]
+
+DOC = re.compile(r"(?:^|(?<=<information>))Doc (\d+)\(Title: ", re.MULTILINE)  # protocol.render_observation writes it
 
 
 def headline(row: Row) -> str:
@@ -20,12 +25,12 @@ def headline(row: Row) -> str:
 
 
 def trajectory_text(row: Row) -> str:
-    """The whole trajectory as plain text; what was put in by the environment is set in with a bar."""
+    """The whole trajectory as text that is safe to print; what was put in by the environment is set in with a bar."""
     lines = [f"Q: {row['question']['question']}", f"   [{headline(row)}]"]
     for turn in row["turns"]:
         lines += turn["text"].strip().splitlines()
         lines += [f"  | {line}" for line in turn["observation"].strip().splitlines()]
-    return "\n".join(lines)
+    return plain("\n".join(lines))
 
 
 def trajectory_html(row: Row) -> str:
@@ -51,6 +56,23 @@ def side_by_side(before: Row, after: Row) -> str:
         '<table style="width:100%"><tr><th>before training</th><th>after training</th></tr>'
         f"<tr>{cell}{trajectory_html(before)}</td>{cell}{trajectory_html(after)}</td></tr></table>"
     )
+
+
+def passages(turn: Row) -> list[tuple[str, str | None]]:
+    """An observation cut into its passages, each with its id, and what stands around them, with None.
+
+    The pieces joined are the observation. It stays whole where its numbers are not 1, 2, … up to the number of hits at
+    most: it shows no passages, or one of them holds what looks like the head of the next.
+    """
+    text, ids = turn["observation"], turn.get("hit_ids") or []
+    heads = list(DOC.finditer(text))
+    if not heads or [int(head[1]) for head in heads] != list(range(1, len(heads) + 1)) or len(heads) > len(ids):
+        return [(text, None)] if text else []
+    end = text.rfind("</information>")
+    end = end if end > heads[-1].start() else len(text)
+    cuts = [head.start() for head in heads] + [end]
+    found = [(text[start:stop], name) for start, stop, name in zip(cuts, cuts[1:], ids, strict=False)]
+    return [(text[: cuts[0]], None), *found, (text[end:], None)]
 
 
 def _lines(text: str) -> str:

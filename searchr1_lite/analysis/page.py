@@ -1,0 +1,274 @@
+"""Trajectories as one HTML file: pick, filter, read closely, compare. It works offline, and runs nothing but itself.
+
+    python -m searchr1_lite.analysis.page data/results/runs/tiny-masked-seed0 --out page.html
+    python -m searchr1_lite.analysis.page runs/table/seed0/rag --against runs/table/seed0/search_r1_base --out page.html
+
+`page.html` beside this file is the page without its data. What models and passages say comes into it as gzipped JSON in
+base64, which holds no character of HTML, and is shown as text nodes only; the page's policy lets no other script, style
+or address in. The list and the filters read one small part of the data, a trajectory is unpacked when it is looked at.
+Scores are those that the file names: nothing is judged here. No torch.
+"""
+
+import argparse
+import base64
+import gzip
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from searchr1_lite.analysis.runs import RunError, read_mapping
+from searchr1_lite.analysis.viewer import passages
+from searchr1_lite.jsonl import read_rows
+from searchr1_lite.rollout.protocol import render_prompt
+
+Row = dict[str, Any]
+
+TEMPLATE = Path(__file__).with_name("page.html")
+ROWS_A_PART = 20  # unpacked together
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)  # as training/rewards.py reads it
+LABEL = ("folder", "strategy", "phase", "decoding")  # what tells groups of rows apart
+ALWAYS = ("result", "searches", "format")  # filters that are there even where all rows agree
+SETTINGS = ("model", "strategy", "algorithm", "masked", "steps", "retriever", "topk", "questions", "seed")
+COUNTS = {"searches": "searches", "invalid_actions": "invalid actions", "response_length": "tokens written"}
+COUNTS |= {"retrieved_tokens": "tokens retrieved", "f1": "F1", "substring_match": "substring match", "reward": "reward"}
+NEEDED = [("question", dict), ("exact_match", int, float), ("searches", int), ("finished", bool), ("stop_reason", str)]
+NEEDED += [("turns", list)]
+OPTIONAL = [("calls", list), ("phase", str), ("strategy", str), ("decoding", str), ("step", int)]
+OPTIONAL += [(key, int, float) for key in COUNTS]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one file, and what is known of them: `about` has settings, the date and the command."""
+
+    name: str
+    rows: Sequence[Row]
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def load_source(path: Path) -> Source:
+    """A run folder, an evaluation folder, or a trajectories.jsonl.gz; RunError, with file and line, for a bad row."""
+    file = path / "trajectories.jsonl.gz" if path.is_dir() else path
+    rows = [check_row(row, where) for where, row in read_rows(file, RunError, "trajectories")]
+    about = {}
+    for name in ("config.yaml", "environment.json"):
+        if (file.parent / name).is_file():
+            about |= read_mapping(file.parent / name)
+    about = {key: about[key] for key in (*SETTINGS, "date", "command") if about.get(key) is not None}
+    return Source(_name(file), rows, about)
+
+
+def _name(file: Path) -> str:
+    folder = file.resolve().parent
+    return f"{folder.parent.name}/{folder.name}" if folder.parent.name.startswith("seed") else folder.name
+
+
+def write_page(rows: Sequence[Row] | Source, out: Path, against: Sequence[Row] | Source | None = None) -> Path:
+    """Write the page of some rows, as trajectories.jsonl.gz has them, whole or not at all; returns `out`.
+
+    Rows of the same question before and after training are partners, side by side on the page; with `against`, rows of
+    the same question and decoding in the two files. Raises RunError for a row that cannot be shown.
+    """
+    given = [rows] if against is None else [rows, against]
+    sources = [one if isinstance(one, Source) else Source(f"rows {n}", one) for n, one in enumerate(given, 1)]
+    names = _names_apart([one.name for one in sources])
+    everything = [(name, row) for name, one in zip(names, sources, strict=True) for row in one.rows]
+    if not everything:
+        raise RunError("there are no trajectories to show")
+    for number, (name, row) in enumerate(everything, 1):
+        check_row(row, f"{name}, row {number}")
+    pairs = _pairs(everything, by_source=against is not None)
+    about = [[name, one.about] for name, one in zip(names, sources, strict=True)]
+    index = _index(everything, pairs) | {"sources": about, "rows_a_part": ROWS_A_PART}
+    parts = [everything[start : start + ROWS_A_PART] for start in range(0, len(everything), ROWS_A_PART)]
+    data = [pack(index), *(pack([detail(row) for _, row in part]) for part in parts)]
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside = out.with_name(out.name + ".new")
+    beside.write_text(_fill(TEMPLATE.read_text(encoding="utf-8"), data), encoding="utf-8", newline="\n")
+    os.replace(beside, out)
+    return out
+
+
+def pack(value: Any) -> str:
+    """JSON, gzipped, in base64: whatever the texts hold, half a surrogate pair too, this is [A-Za-z0-9+/=]."""
+    return base64.b64encode(gzip.compress(json.dumps(value, allow_nan=False).encode("ascii"), 6, mtime=0)).decode()
+
+
+def check_row(row: Row, where: str) -> Row:
+    """The row, if a page can show it, else a RunError that says where it stands and what is wrong."""
+
+    def need(holder: Any, key: str, *kinds: type) -> Any:
+        value = holder.get(key) if isinstance(holder, dict) else None
+        finite = not isinstance(value, float) or math.isfinite(value)
+        if not isinstance(value, kinds) or not finite or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            said = f"{key!r} must be {names}, got {value!r:.60}"
+            raise RunError(f"{where}: {said}; trajectories.jsonl.gz of a run or an evaluation has such rows")
+        return value
+
+    def need_all(holder: Any, key: str, *kinds: type) -> None:
+        for value in need(holder, key, list):
+            if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
+                raise RunError(f"{where}: {key!r} holds {value!r:.60}, which is not {kinds[0].__name__}")
+
+    for key, *kinds in NEEDED:
+        need(row, key, *kinds)
+    for key, *kinds in OPTIONAL:
+        if row.get(key) is not None:
+            need(row, key, *kinds)
+    question = row["question"]
+    need(question, "id", str), need(question, "question", str), need_all(question, "golden_answers", str)
+    metadata = need({"metadata": question.get("metadata") or {}}, "metadata", dict)
+    for key in ("supporting_ids", "gold_ids"):
+        need({key: metadata.get(key) or []}, key, list)
+    for turn in row["turns"]:
+        need(turn, "text", str), need(turn, "action", str), need(turn, "observation", str)
+        need_all({"hit_ids": turn.get("hit_ids") or []}, "hit_ids", str)
+    for call in row.get("calls") or []:
+        need(call, "prompt", str), need_all(call, "pieces", str), need_all(call, "logprobs", float, int, type(None))
+        if len(call["pieces"]) != len(call["logprobs"]):
+            raise RunError(f"{where}: a call has {len(call['pieces'])} pieces and {len(call['logprobs'])} logprobs")
+    return row
+
+
+def detail(row: Row) -> Row:
+    """What the page shows of one trajectory when it is chosen."""
+    question, calls = row["question"], row.get("calls") or []
+    metadata = question.get("metadata") or {}
+    supporting = {str(name) for name in metadata.get("supporting_ids") or metadata.get("gold_ids") or []}
+    found = supporting & {name for turn in row["turns"] for name in turn.get("hit_ids") or []}
+    counts = [[label, row[key]] for key, label in COUNTS.items() if key in row]
+    if supporting:
+        counts.append(["supporting passages found", f"{len(found)} of {len(supporting)}"])
+    known = not calls and row.get("strategy", "search_r1") == "search_r1"
+    answers = ANSWER.findall("".join(turn["text"] for turn in row["turns"]))
+    return {
+        "id": question["id"],
+        "golden": question["golden_answers"],
+        "answer": answers[-1].strip() if answers else None,
+        "stop_reason": row["stop_reason"],
+        "counts": counts,
+        "rebuilt_prompt": render_prompt(question["question"]) if known else None,
+        "turns": [_shown(turn, supporting) for turn in row["turns"]],
+        "supporting": sorted(supporting),
+        "calls": [call | {"logprobs": [x if x is None else round(x, 4) for x in call["logprobs"]]} for call in calls],
+    }
+
+
+def _shown(turn: Row, supporting: set[str]) -> Row:
+    """Without the empty lines around a text, which only the protocol needs."""
+    blocks = [[text.strip("\n"), name, name in supporting] for text, name in passages(turn)]
+    shown = {"text": turn["text"].strip("\n"), "blocks": [block for block in blocks if block[0]]}
+    return {key: turn.get(key) for key in ("action", "query", "hit_ids")} | shown
+
+
+def facets(source: str, row: Row) -> dict[str, str]:
+    """What a row is, for the filters; "" where the row does not say."""
+    metadata = row["question"].get("metadata") or {}
+    invalid = any(turn["action"] == "invalid" for turn in row["turns"])
+    values = {
+        "result": "right" if row["exact_match"] else "wrong",
+        "hops": metadata.get("hops"),
+        "searches": row["searches"],
+        "format": "no answer" if not row["finished"] else "invalid actions" if invalid else "well formed",
+        "folder": source,
+        "strategy": row.get("strategy"),
+        "phase": row.get("phase"),
+        "step": row.get("step"),
+        "decoding": row.get("decoding"),
+        "data set": metadata.get("data_source"),
+    }
+    return {name: "" if value is None else str(value) for name, value in values.items()}
+
+
+def _index(everything: Sequence[tuple[str, Row]], pairs: Sequence[tuple[int, int]]) -> Row:
+    """What the list and the filters need of every row, column by column."""
+    described = [facets(source, row) for source, row in everything]
+    for first, second in pairs:
+        change = f"{described[first]['result']} → {described[second]['result']}"
+        described[first]["pair"] = described[second]["pair"] = change
+    names = dict.fromkeys(name for one in described for name in one)
+    columns = {name: [one.get(name, "") for one in described] for name in names}
+    columns = {name: values for name, values in columns.items() if name in ALWAYS or len(set(values)) > 1}
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for (_, row), one in zip(everything, described, strict=True):
+        label = ", ".join(one[name] for name in LABEL if name in columns and one[name])
+        groups[label].append(bool(row["exact_match"]))
+    return {
+        "questions": [row["question"]["question"] for _, row in everything],
+        "facets": columns,
+        "pairs": pairs,
+        "groups": [[label, len(right), sum(right)] for label, right in groups.items()],
+    }
+
+
+def _pairs(everything: Sequence[tuple[str, Row]], by_source: bool) -> list[tuple[int, int]]:
+    """Rows that answer the same question the same way, before and after training or in the first and second file.
+
+    An evaluation's rows are as those after training, which itself evaluates greedily. Where a question is asked several
+    times the same way, the second time is the partner of the second time.
+    """
+    sides: dict[Any, dict[tuple, int]] = defaultdict(dict)
+    asked: Counter = Counter()
+    for number, (source, row) in enumerate(everything):
+        phase = row.get("phase") if row.get("phase") in ("before", "train") else "after"
+        if phase != "train":
+            side, other = (source, phase) if by_source else (phase, row.get("strategy"))
+            key = (row["question"]["id"], row.get("decoding", "greedy"), other)
+            asked[side, key] += 1
+            sides[side][*key, asked[side, key]] = number
+    first, second = [*sides.values(), {}, {}][:2] if by_source else (sides["before"], sides["after"])
+    return [(number, second[key]) for key, number in first.items() if key in second]
+
+
+def _names_apart(paths: Sequence[str]) -> list[str]:
+    """Names for the files that are different names."""
+    return list(paths) if len(set(paths)) == len(paths) else [f"{name} ({n})" for n, name in enumerate(paths, 1)]
+
+
+def _fill(template: str, data: Sequence[str]) -> str:
+    """The template with the policy, the index before the script and the other parts after it."""
+    hashes = {
+        tag: base64.b64encode(hashlib.sha256(_inside(template, tag).encode()).digest()).decode()
+        for tag in ("style", "script")
+    }
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'"
+    policy += "".join(f"; {tag}-src 'sha256-{digest}'" for tag, digest in hashes.items())
+    tags = [f'<script type="text/plain" id="part{n}">{part}</script>\n' for n, part in enumerate(data)]
+    head, _, rest = template.partition("<!--policy-->")
+    middle, _, rest = rest.partition("<!--index-->\n")
+    script, _, end = rest.partition("<!--parts-->\n")
+    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+    return "".join([head, meta, middle, tags[0], script, *tags[1:], end])
+
+
+def _inside(template: str, tag: str) -> str:
+    return template.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m searchr1_lite.analysis.page", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="a run folder, an evaluation folder, or a trajectories.jsonl.gz")
+    parser.add_argument("--against", type=Path, help="another one, to see the same questions side by side")
+    parser.add_argument("--out", type=Path, required=True, help="the HTML file to write")
+    given = parser.parse_args(arguments)
+    try:
+        source, against = load_source(given.folder), load_source(given.against) if given.against else None
+        write_page(source, given.out, against)
+    except RunError as error:
+        sys.exit(f"error: {error}")
+    count = len(source.rows) + len(against.rows if against else ())
+    print(f"{given.out}: {count} trajectories, {given.out.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
