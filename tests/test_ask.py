@@ -74,19 +74,18 @@ def of_hops(hops):
     return next(one for one in load_questions("toy", "test") if one.metadata["hops"] == hops)
 
 
-@pytest.mark.parametrize("hops", [1, 3])
-def test_what_is_shown_is_the_greedy_trajectory_of_an_evaluation(tiny, hops):
+def test_what_is_shown_is_the_greedy_trajectory_of_an_evaluation(tiny):
     policy, retriever, profile = tiny
-    question, shown = of_hops(hops), Pieces()
+    question, shown = of_hops(2), Pieces()
     made = ask(f"  {question.question}\n", policy, retriever, profile, show=shown)
     _, (evaluated,) = evaluate(policy, [question], retriever, profile)
     assert (made.turns, made.completion_ids) == (evaluated.turns, evaluated.completion_ids)
     assert made.question.golden_answers == ()
     assert shown.by(MODEL, ENVIRONMENT) == made.response
-    assert (shown.by(MODEL), made.searches) == (made.policy_text, hops)
+    assert (shown.by(MODEL), made.searches) == (made.policy_text, 2)
     assert [text for text, who in shown if who == ENVIRONMENT] == [turn.observation for turn in made.turns[:-1]]
     assert len([who for _, who in shown if who == MODEL]) > 0.9 * made.response_length  # a token at a time
-    assert shown[-1][1] == END and shown[-1][0].startswith(f"[answer: {question.golden_answers[0]}; {hops} search")
+    assert shown[-1][1] == END and shown[-1][0].startswith(f"[answer: {question.golden_answers[0]}; 2 searches, ")
 
 
 def test_a_seed_repeats_what_was_drawn(tiny):
@@ -106,7 +105,7 @@ def test_a_seed_repeats_what_was_drawn(tiny):
 def test_noise_is_shown_as_it_is(policy, retriever, profile):
     """Random weights write bytes that are no characters, in the middle of a turn and at its end."""
     ends = 0
-    for seed in range(6):
+    for seed in range(4):
         shown = Pieces()
         made = ask("Who?", policy, retriever, profile, sampled=True, seed=seed, show=shown)
         assert shown.by(MODEL, ENVIRONMENT) == made.response
@@ -232,16 +231,15 @@ def command(tiny, monkeypatch, capsys):
 
 
 def test_the_command_answers_one_question_or_every_line(command):
-    one, two = of_hops(1), of_hops(2)
-    status, out, _ = command(one.question)
-    assert status == 0 and f"[answer: {one.golden_answers[0]}; 1 search, " in out and "Q: " not in out
-    status, again, _ = command("--sampled", "--seed", "7", one.question, "temperature=0.01", "topk=5")
-    assert status == 0 and f"[answer: {one.golden_answers[0]}; " in again and "\n  | Doc 5(" in again
-    status, out, err = command(lines=f"{one.question}\n\n\x1b[2J{'word ' * 400}\n{two.question}")
+    one = of_hops(1)
+    right = f"[answer: {one.golden_answers[0]}; 1 search, "
+    status, out, _ = command("--sampled", "--seed", "7", one.question, "temperature=0.01", "topk=5")
+    assert status == 0 and right in out and "\n  | Doc 5(" in out and "Q: " not in out
+    status, out, err = command(lines=f"{one.question}\n\n\x1b[2J{'word ' * 400}\n{one.question}")
     assert status == 1  # two were not answered
     assert err.splitlines()[0] == "error: the question is empty; ask something"
     assert err.splitlines()[1].startswith("error: question asked: its prompt has ")
-    assert f"\nQ: {two.question}\n" in out and f"[answer: {two.golden_answers[0]}; 2 searches, " in out
+    assert out.count(f"\nQ: {one.question}\n") == out.count(right) == 2
     assert out.count("\nQ: ") == 4 and commands(out + err) == []
 
 
