@@ -6,7 +6,9 @@
 # make results  sum up and draw the runs of data/results/runs
 # make runs     make those runs again (three seeds, masked and unmasked)
 # make retrievers  train with every kind of retriever, from oracle to empty, three seeds each
+# make ten-ways   the paper's ways to answer, trained and compared, three seeds (SEEDS="0": one)
 # make tiny-base  pretrain the tiny model again
+# make tiny-instruct  tune it to follow instructions again
 #
 # PYTHON=python3.12       another Python (3.11 or later)
 # PIP_ARGS="..."          more arguments for every pip install, e.g. an index or a proxy of yours
@@ -19,7 +21,7 @@ PY := .venv/bin/python
 READY := .venv/.ready
 NOTEBOOK_SECONDS ?= 600
 
-.PHONY: tour test lab style notebooks saved runs results retrievers tiny-base constraints
+.PHONY: tour test lab style notebooks saved runs results retrievers ten-ways tiny-base tiny-instruct constraints
 .DELETE_ON_ERROR:
 
 tour: $(READY)
@@ -64,6 +66,11 @@ retrievers: $(READY)
 	  --decoding greedy $(BM25) || exit 1; done; done
 	$(PY) -m searchr1_lite.analysis.arms runs/retrievers/* --again runs/retrievers-bm25 --out data/results/retrievers.json
 
+SEEDS ?= 0 1 2
+ten-ways: $(READY)
+	$(PY) -m searchr1_lite.evaluation.compare --out runs/ten-ways --seeds $(SEEDS)
+	$(PY) -m searchr1_lite.analysis.table runs/ten-ways --out data/results/ten_ways
+
 PRETRAIN := .venv/bin/torchrun --nproc-per-node 2 -m searchr1_lite.pretraining.pretrain
 tiny-base: export OMP_NUM_THREADS = 1
 tiny-base: $(READY)
@@ -73,6 +80,11 @@ tiny-base: $(READY)
 	$(PRETRAIN) --weights data/cache/tiny-base-2 --out data/tiny-base --seed 2 --steps 220 \
 	  --learning-rate 1e-3 --hold 0 --drills-only 0 --drill-share 0.2 --short-prompt 0
 	$(PY) -m searchr1_lite.pretraining.measure --out data/tiny-base/measured.json
+
+tiny-instruct: export OMP_NUM_THREADS = 1
+tiny-instruct: $(READY)
+	.venv/bin/torchrun --nproc-per-node 2 -m searchr1_lite.pretraining.instructions --out data/tiny-instruct
+	$(PY) -m searchr1_lite.pretraining.measure --model data/tiny-instruct --out data/tiny-instruct/measured.json
 
 # On Linux, PyPI's torch brings several GB of CUDA: without an NVIDIA card, PyTorch's own index of CPU builds is asked
 # too, where it can be reached. Other systems get a CPU build from PyPI.

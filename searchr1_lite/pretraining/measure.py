@@ -1,8 +1,8 @@
-"""What the tiny base can and does before any reinforcement: reading, closed-book answers, sampled habits.
+"""What a tiny model can and does before any reinforcement: reading, closed-book answers, sampled habits.
 
     python -m searchr1_lite.pretraining.measure --out data/tiny-base/measured.json
 
-Everything is measured on the test questions of the default world, whose names the base has never seen.
+Everything is measured on the test questions of the default world, whose names it has never seen.
 """
 
 import random
@@ -47,9 +47,9 @@ def reading(policy: Policy, profile: Profile, questions: int) -> float:
     return right / len(chains)
 
 
-def measure(questions: int) -> dict[str, Any]:
+def measure(questions: int, model: str | None = None) -> dict[str, Any]:
     """Reading with and without NF4; greedy and sampled answers with search; greedy answers without."""
-    profile = load_profile("tiny")
+    profile = load_profile("tiny", model=model)
     asked = load_questions(profile.questions, profile.test_split)[:questions]
     retriever = BM25Retriever.build(ToyWorld(0).passages())
     plain = load_policy(profile.model_copy(update={"quantization": "none"}))
@@ -66,8 +66,9 @@ def measure(questions: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a folder; else the tiny profile's")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    write_json(given.out, measured := measure(given.questions))
+    write_json(given.out, measured := measure(given.questions, given.model))
     print({name: value for name, value in measured.items() if isinstance(value, float)})
