@@ -57,10 +57,6 @@ def visible(text: str) -> str:
         code = ord(char)
         if char in "\n\t\u200c\u200d" or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp"):
             return char
-        if code < 0x20:
-            return chr(0x2400 + code)
-        if code == 0x7F:
-            return "␡"
         return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\u{{{code:x}}}"
 
     return "".join(map(sign, text))
@@ -135,12 +131,20 @@ def test_the_template_has_no_way_to_run_text_or_to_fetch(word):
     assert word not in pages.TEMPLATE.read_text(encoding="utf-8")
 
 
-@given(st.lists(st.sampled_from(["<answer>", "</answer>", " x ", "\n", "<search>", "</search>", "y"]), max_size=9))
+@given(
+    st.lists(st.sampled_from(["<answer>", "</answer>", " x ", "\n", "<search>", "<answer>y\nz</answer>"]), max_size=9)
+)
 def test_the_answer_shown_is_the_answer_judged(pieces):
     text = "".join(pieces)
     one = row()
     one["turns"] = [one["turns"][-1] | {"text": text}]
     assert pages.detail(one)["answer"] == last_answer(text)
+
+
+def test_an_answer_in_a_text_that_is_not_the_last_is_none():
+    one = row()
+    one["turns"] = [one["turns"][-1] | {"action": "write"}, one["turns"][-1] | {"text": "well", "action": "invalid"}]
+    assert pages.detail(one)["answer"] is None
 
 
 def test_format_is_told_apart():
@@ -158,12 +162,15 @@ def test_before_and_after_are_partners_and_training_has_none(tmp_path):
 
 
 def test_two_files_pair_by_question_decoding_and_time_asked(tmp_path):
-    ours = [row(n, decoding=decoding) for decoding in ("greedy", "sampled") for n in (0, 0, 1)]
+    ours = [row(n, decoding=decoding) for decoding in ("greedy", "sampled") for n in (0, 0, 1)] + [
+        row(5, phase="train")
+    ]
     theirs = [row(1, phase="after"), row(0, decoding="sampled"), row(0, decoding="sampled"), row(0, phase="before")]
+    theirs += [row(5, phase="train")]
     file = write_page(ours, tmp_path / "page.html", against=theirs)
     index = unpacked(file)[0]
-    assert sorted(index["pairs"]) == [[2, 6], [3, 7], [4, 8]]  # training evaluates greedily
-    assert index["facets"]["folder"] == ["rows 1"] * 6 + ["rows 2"] * 4
+    assert sorted(index["pairs"]) == [[2, 7], [3, 8], [4, 9]]  # training evaluates greedily
+    assert index["facets"]["folder"] == ["trajectories (1)"] * 7 + ["trajectories (2)"] * 5
     assert index["facets"]["pair"][:4] == ["", "", "right → right", "right → right"]
 
 
@@ -192,32 +199,29 @@ def test_the_command_writes_the_page_whole_or_not_at_all(tmp_path, capsys):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"exact_match": None}, "'exact_match' must be int or float, got None"),
-        ({"exact_match": float("nan")}, "'exact_match' must be int or float, got nan"),
-        ({"finished": 1}, "'finished' must be bool"),
-        ({"searches": True}, "'searches' must be int"),
-        ({"f1": float("inf")}, "'f1' must be int or float"),
-        ({"turns": "none"}, "'turns' must be list"),
-        ({"turns": [{"text": "x", "action": "answer"}]}, "'observation' must be str, got None"),
-        (
-            {"question": {"id": "1", "question": "?", "golden_answers": [1]}},
-            "'golden_answers' holds 1, which is not str",
-        ),
-        ({"calls": [call(("a", -1.0), ("b", float("nan")))]}, "'logprobs' holds nan, which is not float"),
-        ({"calls": [call(("a", -1.0)) | {"pieces": []}]}, "a call has 0 pieces and 1 logprobs"),
-        ({"calls": [{"pieces": [], "logprobs": []}]}, "'prompt' must be str"),
-        ({"calls": "none"}, "'calls' must be list"),
-        ({"question": {"id": "1", "question": "?", "golden_answers": [], "metadata": 3}}, "'metadata' must be dict"),
-        ({"step": "one"}, "'step' must be int"),
-        ({"phase": ["x"]}, "'phase' must be str"),
+        ({"exact_match": None}, "exact_match must be int or float, got None"),
+        ({"exact_match": float("nan")}, "exact_match must be int or float, got nan"),
+        ({"finished": 1}, "finished must be bool, got 1"),
+        ({"searches": True}, "searches must be int, got True"),
+        ({"f1": float("inf")}, "f1 must be int or float, got inf"),
+        ({"turns": "none"}, "turns must be list, got 'none'"),
+        ({"turns": [{"text": "x", "action": "answer"}]}, "turns[0].observation must be str, got None"),
+        ({"question": {"id": "1", "question": "?", "golden_answers": [1]}}, "question.golden_answers[0] must be str"),
+        ({"calls": [call(("a", -1.0), ("b", float("nan")))]}, "calls[0].logprobs[1] must be float or int or NoneType"),
+        ({"calls": [call(("a", -1.0)) | {"pieces": []}]}, "calls[0] has 0 pieces and 1 logprobs"),
+        ({"calls": [{"pieces": [], "logprobs": []}]}, "calls[0].prompt must be str, got None"),
+        ({"calls": "none"}, "calls must be list"),
+        ({"question": row()["question"] | {"metadata": 3}}, "question.metadata must be dict, got 3"),
+        ({"step": "one"}, "step must be int"),
+        ({"phase": ["x"]}, "phase must be str"),
     ],
 )
 def test_a_row_that_cannot_be_shown_is_named(tmp_path, change, message):
     file = tmp_path / "trajectories.jsonl.gz"
     file.write_bytes(gzip.compress("".join(json.dumps(one) + "\n" for one in (row(), row() | change)).encode()))
     with pytest.raises(RunError, match=re.escape(f"{file}:2: {message}")):
-        load_source(file)
-    with pytest.raises(RunError, match=re.escape(f"rows 1, row 2: {message}")):
+        write_page([row()], tmp_path / "page.html", against=load_source(file))
+    with pytest.raises(RunError, match=re.escape(f"row 2: {message}")):
         write_page([row(), row() | change], tmp_path / "page.html")
 
 
@@ -500,7 +504,7 @@ def test_side_by_side(visit):
     tab.keyboard.press("j")
     tab.wait_for_selector("text=has no partner")
     tab = visit([row(0, strategy="rag")], "#side=1&row=1", against=[row(0, False, strategy="direct")])
-    assert tab.locator(".columns h3").all_inner_texts() == ["rows 1 · rag", "rows 2 · direct"]
+    assert tab.locator(".columns h3").all_inner_texts() == ["trajectories (1) · rag", "trajectories (2) · direct"]
 
 
 def test_passages_prompt_and_counts(visit):
@@ -521,6 +525,20 @@ def test_passages_prompt_and_counts(visit):
     tab.keyboard.press("j")
     until(tab, "document.querySelector('details .text')?.textContent === 'the prompt'")
     assert "rebuilt" not in tab.inner_text("summary")
+
+
+def test_several_texts_each_stand_under_their_prompt(visit):
+    made = row(0, strategy="ircot", calls=[call(("x", -1.0), prompt="first"), call(("y", -1.0), prompt="second")])
+    search, answer = made["turns"]
+    made["turns"] = [search | {"text": "", "query": "who"}, answer | {"text": "a thought", "action": "write"}, answer]
+    tab = visit([made, row(1, strategy="direct")])
+    assert tab.locator("details .text").all_text_contents() == ["first", "second"]
+    order = ["ENVIRONMENT 3 passages", "PROMPT of call 1 of 2", "MODEL write", "PROMPT of call 2 of 2", "MODEL answer"]
+    assert tab.locator(".block > .who").all_inner_texts() == order
+    assert "Searched for: who" in tab.inner_text(".environment")
+    tab.keyboard.press("j")
+    until(tab, "document.querySelector('.question').textContent === 'Question 1?'")
+    assert tab.text_content("details .text") == render_prompt("Question 1?", "direct")
 
 
 def test_mask_and_log_probabilities_of_the_right_tokens(visit):
@@ -590,3 +608,17 @@ def test_a_real_run_is_shown(visit):
     right = sum(one["exact_match"] for one in after) / len(after)
     assert f"after ({len(after)}): exact match {right:.3f}" in tab.inner_text("#groups").replace("\n", " ")
     assert "model data/tiny-base" in tab.inner_text("#about")
+
+
+def test_the_benchmark_measures_a_page_of_real_rows(browser, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import page as benchmark
+
+    if not (ROOT / "data/results/runs").is_dir():
+        pytest.skip("no committed runs are here")
+    rows = benchmark.many_rows(3, seed=0)
+    for one in rows:
+        made = one["calls"][0]
+        assert "".join(made["pieces"]) == "".join(turn["text"] + turn["observation"] for turn in one["turns"])
+        written = "".join(p for p, value in zip(made["pieces"], made["logprobs"], strict=True) if value is not None)
+        assert written == "".join(turn["text"] for turn in one["turns"])

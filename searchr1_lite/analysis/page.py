@@ -27,7 +27,7 @@ from typing import Any
 from searchr1_lite.analysis.runs import RunError, read_mapping
 from searchr1_lite.analysis.viewer import passages
 from searchr1_lite.jsonl import read_rows
-from searchr1_lite.rollout.protocol import render_prompt
+from searchr1_lite.rollout.protocol import PROMPTS, render_prompt
 
 Row = dict[str, Any]
 
@@ -39,54 +39,68 @@ ALWAYS = ("result", "searches", "format")  # filters that are there even where a
 SETTINGS = ("model", "strategy", "algorithm", "masked", "steps", "retriever", "topk", "questions", "seed")
 COUNTS = {"searches": "searches", "invalid_actions": "invalid actions", "response_length": "tokens written"}
 COUNTS |= {"retrieved_tokens": "tokens retrieved", "f1": "F1", "substring_match": "substring match", "reward": "reward"}
-NEEDED = [("question", dict), ("exact_match", int, float), ("searches", int), ("finished", bool), ("stop_reason", str)]
-NEEDED += [("turns", list)]
-OPTIONAL = [("calls", list), ("phase", str), ("strategy", str), ("decoding", str), ("step", int)]
-OPTIONAL += [(key, int, float) for key in COUNTS]
+TEXT, NUMBER = (str,), (int, float)
+SHAPE = {  # of a row; a key that ends in "?" may be missing or null
+    "question": {
+        "id": TEXT,
+        "question": TEXT,
+        "golden_answers": [TEXT],
+        "metadata?": {"supporting_ids?": [(str, int)], "gold_ids?": [(str, int)]},
+    },
+    "turns": [{"text": TEXT, "action": TEXT, "observation": TEXT, "query?": TEXT, "hit_ids?": [TEXT]}],
+    **{"exact_match": NUMBER, "searches": (int,), "finished": (bool,), "stop_reason": TEXT},
+    "calls?": [{"prompt": TEXT, "pieces": [TEXT], "logprobs": [(float, int, type(None))]}],
+    **{"phase?": TEXT, "strategy?": TEXT, "decoding?": TEXT, "step?": (int,)},
+    **{f"{key}?": NUMBER for key in COUNTS if key != "searches"},
+}
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of one file, and what is known of them: `about` has settings, the date and the command."""
+    """Rows of one file, and what is known of them: `about` has settings, the date and the command.
+
+    `where` stands before a row's number in errors.
+    """
 
     name: str
     rows: Sequence[Row]
     about: dict[str, Any] = field(default_factory=dict)
+    where: str = "row "
 
 
 def load_source(path: Path) -> Source:
-    """A run folder, an evaluation folder, or a trajectories.jsonl.gz; RunError, with file and line, for a bad row."""
+    """A run folder, an evaluation folder, or a trajectories.jsonl.gz; RunError if it cannot be read."""
     file = path / "trajectories.jsonl.gz" if path.is_dir() else path
-    rows = [check_row(row, where) for where, row in read_rows(file, RunError, "trajectories")]
-    about = {}
-    for name in ("config.yaml", "environment.json"):
-        if (file.parent / name).is_file():
-            about |= read_mapping(file.parent / name)
+    rows = [row for _, row in read_rows(file, RunError, "trajectories")]
+    settings = [file.parent / name for name in ("config.yaml", "environment.json")]
+    about = {key: value for one in settings if one.is_file() for key, value in read_mapping(one).items()}
     about = {key: about[key] for key in (*SETTINGS, "date", "command") if about.get(key) is not None}
-    return Source(_name(file), rows, about)
-
-
-def _name(file: Path) -> str:
     folder = file.resolve().parent
-    return f"{folder.parent.name}/{folder.name}" if folder.parent.name.startswith("seed") else folder.name
+    name = f"{folder.parent.name}/{folder.name}" if folder.parent.name.startswith("seed") else folder.name
+    return Source(name, rows, about, f"{file}:")
 
 
 def write_page(rows: Sequence[Row] | Source, out: Path, against: Sequence[Row] | Source | None = None) -> Path:
     """Write the page of some rows, as trajectories.jsonl.gz has them, whole or not at all; returns `out`.
 
     Rows of the same question before and after training are partners, side by side on the page; with `against`, rows of
-    the same question and decoding in the two files. Raises RunError for a row that cannot be shown.
+    the same question and decoding in the two files. Raises RunError, with file and line, for a row that cannot
+    be shown.
     """
     given = [rows] if against is None else [rows, against]
-    sources = [one if isinstance(one, Source) else Source(f"rows {n}", one) for n, one in enumerate(given, 1)]
-    names = _names_apart([one.name for one in sources])
+    sources = [one if isinstance(one, Source) else Source("trajectories", one) for one in given]
+    same = len({one.name for one in sources}) < len(sources)
+    names = [one.name + f" ({n})" * same for n, one in enumerate(sources, 1)]
+    for source in sources:
+        for number, row in enumerate(source.rows, 1):
+            if wrong := misfit(row, SHAPE):
+                said = "such rows are in the trajectories.jsonl.gz of a run or an evaluation"
+                raise RunError(f"{source.where}{number}: {wrong}; {said}")
     everything = [(name, row) for name, one in zip(names, sources, strict=True) for row in one.rows]
     if not everything:
         raise RunError("there are no trajectories to show")
-    for number, (name, row) in enumerate(everything, 1):
-        check_row(row, f"{name}, row {number}")
-    pairs = _pairs(everything, by_source=against is not None)
     about = [[name, one.about] for name, one in zip(names, sources, strict=True)]
+    pairs = _pairs(everything, by_source=against is not None)
     index = _index(everything, pairs) | {"sources": about, "rows_a_part": ROWS_A_PART}
     parts = [everything[start : start + ROWS_A_PART] for start in range(0, len(everything), ROWS_A_PART)]
     data = [pack(index), *(pack([detail(row) for _, row in part]) for part in parts)]
@@ -103,41 +117,24 @@ def pack(value: Any) -> str:
     return base64.b64encode(gzip.compress(json.dumps(value, allow_nan=False).encode("ascii"), 6, mtime=0)).decode()
 
 
-def check_row(row: Row, where: str) -> Row:
-    """The row, if a page can show it, else a RunError that says where it stands and what is wrong."""
-
-    def need(holder: Any, key: str, *kinds: type) -> Any:
-        value = holder.get(key) if isinstance(holder, dict) else None
-        finite = not isinstance(value, float) or math.isfinite(value)
-        if not isinstance(value, kinds) or not finite or (isinstance(value, bool) and bool not in kinds):
-            names = " or ".join(kind.__name__ for kind in kinds)
-            said = f"{key!r} must be {names}, got {value!r:.60}"
-            raise RunError(f"{where}: {said}; trajectories.jsonl.gz of a run or an evaluation has such rows")
-        return value
-
-    def need_all(holder: Any, key: str, *kinds: type) -> None:
-        for value in need(holder, key, list):
-            if type(value) not in kinds or (type(value) is float and not math.isfinite(value)):
-                raise RunError(f"{where}: {key!r} holds {value!r:.60}, which is not {kinds[0].__name__}")
-
-    for key, *kinds in NEEDED:
-        need(row, key, *kinds)
-    for key, *kinds in OPTIONAL:
-        if row.get(key) is not None:
-            need(row, key, *kinds)
-    question = row["question"]
-    need(question, "id", str), need(question, "question", str), need_all(question, "golden_answers", str)
-    metadata = need({"metadata": question.get("metadata") or {}}, "metadata", dict)
-    for key in ("supporting_ids", "gold_ids"):
-        need({key: metadata.get(key) or []}, key, list)
-    for turn in row["turns"]:
-        need(turn, "text", str), need(turn, "action", str), need(turn, "observation", str)
-        need_all({"hit_ids": turn.get("hit_ids") or []}, "hit_ids", str)
-    for call in row.get("calls") or []:
-        need(call, "prompt", str), need_all(call, "pieces", str), need_all(call, "logprobs", float, int, type(None))
-        if len(call["pieces"]) != len(call["logprobs"]):
-            raise RunError(f"{where}: a call has {len(call['pieces'])} pieces and {len(call['logprobs'])} logprobs")
-    return row
+def misfit(value: Any, shape: Any, name: str = "") -> str | None:
+    """What keeps a row, or a part of it, from being shown; None if nothing does."""
+    if isinstance(shape, tuple):  # the types that it may have; a bool is no int
+        if type(value) in shape and (type(value) is not float or math.isfinite(value)):
+            return None
+        return f"{name} must be {' or '.join(kind.__name__ for kind in shape)}, got {value!r:.60}"
+    if not isinstance(value, type(shape)):
+        return f"{name} must be {type(shape).__name__}, got {value!r:.60}"
+    if isinstance(shape, list):
+        return next(filter(None, (misfit(one, shape[0], f"{name}[{n}]") for n, one in enumerate(value))), None)
+    for key, inner in shape.items():
+        part = value.get(key.removesuffix("?"))
+        wrong = misfit(part, inner, f"{name}.{key}".strip(".?")) if part is not None or key[-1] != "?" else None
+        if wrong:
+            return wrong
+    if "pieces" in shape and len(value["pieces"]) != len(value["logprobs"]):
+        return f"{name} has {len(value['pieces'])} pieces and {len(value['logprobs'])} logprobs"
+    return None
 
 
 def detail(row: Row) -> Row:
@@ -149,15 +146,16 @@ def detail(row: Row) -> Row:
     counts = [[label, row[key]] for key, label in COUNTS.items() if key in row]
     if supporting:
         counts.append(["supporting passages found", f"{len(found)} of {len(supporting)}"])
-    known = not calls and row.get("strategy", "search_r1") == "search_r1"
-    answers = ANSWER.findall("".join(turn["text"] for turn in row["turns"]))
+    strategy = row.get("strategy") or "search_r1"
+    known = not calls and strategy in PROMPTS
+    answers = ANSWER.findall("".join(turn["text"] for turn in row["turns"] if turn["action"] != "write"))
     return {
         "id": question["id"],
         "golden": question["golden_answers"],
         "answer": answers[-1].strip() if answers else None,
         "stop_reason": row["stop_reason"],
         "counts": counts,
-        "rebuilt_prompt": render_prompt(question["question"]) if known else None,
+        "rebuilt_prompt": render_prompt(question["question"], strategy) if known else None,
         "turns": [_shown(turn, supporting) for turn in row["turns"]],
         "supporting": sorted(supporting),
         "calls": [call | {"logprobs": [x if x is None else round(x, 4) for x in call["logprobs"]]} for call in calls],
@@ -228,11 +226,6 @@ def _pairs(everything: Sequence[tuple[str, Row]], by_source: bool) -> list[tuple
             sides[side][*key, asked[side, key]] = number
     first, second = [*sides.values(), {}, {}][:2] if by_source else (sides["before"], sides["after"])
     return [(number, second[key]) for key, number in first.items() if key in second]
-
-
-def _names_apart(paths: Sequence[str]) -> list[str]:
-    """Names for the files that are different names."""
-    return list(paths) if len(set(paths)) == len(paths) else [f"{name} ({n})" for n, name in enumerate(paths, 1)]
 
 
 def _fill(template: str, data: Sequence[str]) -> str:
