@@ -610,7 +610,7 @@ def test_a_real_run_is_shown(visit):
     assert "model data/tiny-base" in tab.inner_text("#about")
 
 
-def test_the_benchmark_measures_a_page_of_real_rows(browser, tmp_path, monkeypatch):
+def test_the_benchmark_makes_up_calls_of_the_rows_own_text(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import page as benchmark
 
