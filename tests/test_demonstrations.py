@@ -132,7 +132,8 @@ def answers(monkeypatch):
                 one = forged(question, random.Random(f"{question.id} {copy} {seed}"))
                 searched = dataclasses.replace(one.turns[0], text="<search>q</search>", hits=found, observation=" é ")
                 made.append(dataclasses.replace(one, turns=(searched, one.turns[1])))
-        made[1] = dataclasses.replace(made[1], stop_reason="search failed", finished=False)
+        turns = (made[1].turns[0], dataclasses.replace(made[1].turns[1], text=RIGHT))
+        made[1] = dataclasses.replace(made[1], turns=turns, stop_reason="search failed", finished=False)
         calls[-1].append(made)
         return made
 
