@@ -286,6 +286,7 @@ def test_text_is_shown_as_it_is():
             .replace("&amp;", "&")
             == plain
         )
+    assert table.markdown("__main__ https://x.y/z") == "&#95;&#95;main&#95;&#95; https&#58;//x.y/z"  # bold; a link
     assert table.latex(r"a_b & 50% \\ {x} ~^$#|<>[*") == (
         r"a\_b \& 50\% \textbackslash{}\textbackslash{} \{x\} \textasciitilde{}\textasciicircum{}\$\#"
         r"\textbar{}\textless{}\textgreater{}{[}{*}"
