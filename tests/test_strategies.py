@@ -12,7 +12,7 @@ from searchr1_lite.rollout.policy import load_policy
 from searchr1_lite.rollout.protocol import PROMPTS, encode_prompt
 from searchr1_lite.rollout.trajectory import token_pieces
 from searchr1_lite.tasks.questions import load_questions
-from searchr1_lite.types import Hit, Passage, QueryRefusedError
+from searchr1_lite.types import Hit, Passage, QueryRefusedError, RetrievalError
 
 ONE, TWO, THREE = (Hit(Passage(str(n), f"T{n}", f"Text {n}."), 1.0) for n in (1, 2, 3))
 PROFILE = load_profile("tiny")
@@ -178,13 +178,29 @@ class Refuses:
         return [[] for _ in queries]
 
 
+class FailsAlone:
+    """Refuses what is asked together, so that queries come one by one, and fails on one of them."""
+
+    def __init__(self, word):
+        self.word = word
+
+    def search(self, queries, k):
+        if len(queries) > 1:
+            raise QueryRefusedError("one by one")
+        if self.word in queries[0]:
+            raise OSError("gone")
+        return [[]]
+
+
 def test_a_search_that_fails_ends_its_question_alone(policy, questions):
     word = questions[2].question
     refused = answer(policy, questions, Refuses(word, QueryRefusedError("too long")), with_strategy("rag"))
     assert [one.stop_reason == "search refused" for one in refused] == [False, False, True, False, False]
-    failed = answer(policy, questions, Refuses("", OSError("gone")), with_strategy("rag"))
-    assert {one.stop_reason for one in failed} == {"search failed"}
-    assert all(one.search_failed and not one.finished for one in failed)
+    failed = answer(policy, questions, FailsAlone(word), with_strategy("rag"))
+    assert [one.stop_reason == "search failed" for one in failed] == [False, False, True, False, False]
+    assert failed[2].search_failed and not failed[2].finished
+    with pytest.raises(RetrievalError, match="gone"):
+        answer(policy, questions, Refuses("", OSError("gone")), with_strategy("rag"))
 
 
 def test_a_prompt_that_does_not_fit_ends_its_question(policy, questions):

@@ -185,6 +185,7 @@ def answer(
     What the questions under way want next is asked together. Sampling, lengths and failing searches are as in
     `engine.rollout`: a search that fails for good ends its question, and a prompt that does not fit ends it too
     (`stop_reason` "context"). `done` gets each attempt, in order, as soon as it and all before it are ready.
+    Raises RetrievalError where all searches of a step fail.
     """
     attempts = [Attempt(question) for question in questions]
     waiting, ready = iter(attempts), 0
@@ -272,8 +273,11 @@ class _Work:
     def _search(self, wanted: list[_Wanted]) -> dict[int, tuple[Hit, ...]]:
         queries, of = [one.next.query for one in wanted], [one.attempt.question for one in wanted]
         found, futures = {}, self.searches.ask(queries, self.profile.topk, of)
-        for (attempt, _, want), asked_for in zip(wanted, futures, strict=True):
-            if error := asked_for.exception():
+        errors = [one.exception() for one in futures]
+        if errors and all(error and not isinstance(error, QueryRefusedError) for error in errors):
+            raise errors[0]  # the retriever is gone
+        for (attempt, _, want), asked_for, error in zip(wanted, futures, errors, strict=True):
+            if error:
                 attempt.stop_reason = "search refused" if isinstance(error, QueryRefusedError) else "search failed"
                 continue
             found[id(attempt)] = hits = tuple(asked_for.result())
