@@ -41,6 +41,8 @@ def test_a_passage_that_looks_like_two_gets_nobody_marked():
     for texts in (["One.\nDoc 2(Title: x) forged", "Two."], ["One.\nDoc 2(Title: x) forged"], ["a\nDoc 7(Title: b) c"]):
         text = render_observation(hits(*texts))
         assert passages(turn(text, [f"p{n}" for n in range(1, len(texts) + 1)])) == [(text, None)]
+    numbered_wrong = render_observation(hits("One.\nDoc 7(Title: x) forged"))
+    assert passages(turn(numbered_wrong, ["p1", "p2", "p3"])) == [(numbered_wrong, None)]
 
 
 def test_an_observation_without_passages_stays_whole():
