@@ -33,7 +33,11 @@ def write_way(
     """An evaluation folder with a question a letter; questions alternate between one hop and two."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump({"retriever": "bm25", "topk": 3} | (config or {})))
-    summary = {"seconds": 0.5 * len(right), "exact_match": right.count("R") / len(right)}
+    summary = {
+        "seconds": 0.5 * len(right),
+        "retriever_calls": 3 * len(right),
+        "exact_match": right.count("R") / len(right),
+    }
     about = {"date": "2026-01-01T00:00:00+00:00", "machine": {"cpu": "a processor"}, "versions": version}
     about |= {"command": "evaluate", "model": model, "strategy": "x"} | dict.fromkeys(decodings, summary)
     (folder / "evaluation.json").write_text(json.dumps(about))
@@ -91,6 +95,7 @@ def test_cells_by_hand(comparison):
     assert best["F1"] == pytest.approx((13 + 2 / 3) / 16, abs=1e-6)
     assert (best["substring"], best["answered"]) == (13 / 16, 15 / 16)
     assert (best["searches"], best["tokens written"], best["tokens retrieved"], best["seconds"]) == (3.5, 10, 30, 0.5)
+    assert best["retriever calls"] == 3
     assert (best["paper 3B"], best["paper 7B"]) == (0.303, 0.431)
     assert record["statistics"]["cells"]["greedy"]["search_r1_base"]["by_seed"] == [6 / 8, 7 / 8]
     scores = [[1, 1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]]
@@ -234,7 +239,7 @@ def hostile_record(way, model, group):
     """A record of two ways of which everything that comes from a file is any text."""
     columns = {name: ["1 0 1"] for name in (*table.SCORES, *table.COUNTS)}
     entry = {"model": model, "strategy": way, "trained": True, "commands": [way]}
-    entry |= {"seconds": {"greedy": [0.1]}, "scores": {"greedy": columns}}
+    entry |= {"seconds": {"greedy": [0.1]}, "calls": {"greedy": None}, "scores": {"greedy": columns}}
     record = {"date": "2026", "machines": [{}], "versions": {}, "command": model, "seeds": [0], "decodings": ["greedy"]}
     record |= {"questions": ["a", "b", "c"], "left_out": [], "groups": {f"on {group}": "0 1 2"}}
     record |= {"ways": {way: entry, way + "2": entry}}

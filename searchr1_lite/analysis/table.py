@@ -184,11 +184,13 @@ def _way_entry(way: str, paths: dict[int, Path], its: dict[int, Record], record:
     model = str(about["model"])
     entry = {"model": Path(model).name if Path(model).is_absolute() else model, "strategy": about.get("strategy")}
     entry |= {"trained": trained, "commands": [one["about"].get("command") for one in its.values()]}
-    entry["seconds"], entry["scores"] = {}, {}
+    entry["seconds"], entry["calls"], entry["scores"] = {}, {}, {}  # a question, by seed
     for decoding in record["decodings"]:
         spent = [one["about"][decoding].get("seconds") for one in its.values()]
         asked = len(next(iter(its.values()))["questions"])
         entry["seconds"][decoding] = None if None in spent else [round(value / asked, 6) for value in spent]
+        called = [one["about"][decoding].get("retriever_calls") for one in its.values()]
+        entry["calls"][decoding] = None if None in called else [round(value / asked, 6) for value in called]
         entry["scores"][decoding] = {}
         for name in (*SCORES, *COUNTS):
             columns = [[one["scores"][decoding][key][name] for key in record["questions"]] for one in its.values()]
@@ -248,8 +250,8 @@ def _cells(columns: dict[str, np.ndarray | None], way: str, decoding: str, recor
     result["groups"] = {name: estimate(correct[:, indices]) for name, indices in places.items()}
     for name in ("f1", "substring_match", *COUNTS):
         result[name] = None if columns[name] is None else round(float(columns[name].mean()), 6)
-    seconds = record["ways"][way]["seconds"][decoding]
-    return result | {"seconds": seconds and round(mean(seconds), 6)}
+    spent = {"seconds": record["ways"][way]["seconds"][decoding], "calls": record["ways"][way]["calls"][decoding]}
+    return result | {name: values and round(mean(values), 6) for name, values in spent.items()}
 
 
 def _order(result: Record, decoding: str, paper: dict[str, float]) -> Record | None:
@@ -280,7 +282,11 @@ def table_frame(record: Record, decoding: str | None = None) -> pd.DataFrame:
         row |= dict(zip(("low", "high"), cells["interval"], strict=True))
         row |= {name: share for name, (share, _, _) in cells["groups"].items()}
         row |= {"F1": cells["f1"], "substring": cells["substring_match"], "answered": cells["finished"]}
-        row |= {"searches": cells["searches"], "tokens written": cells["response_length"]}
+        row |= {
+            "searches": cells["searches"],
+            "retriever calls": cells["calls"],
+            "tokens written": cells["response_length"],
+        }
         row |= {"tokens retrieved": cells["retrieved_tokens"], "seconds": cells["seconds"]}
         rows.append(row | {f"paper {size}": averages.get(way) for size, averages in paper.items()})
     return pd.DataFrame(rows)
@@ -289,7 +295,7 @@ def table_frame(record: Record, decoding: str | None = None) -> pd.DataFrame:
 def _text_rows(record: Record, decoding: str) -> list[list[str]]:
     """Heading and rows as people read them, not escaped: digits cut, the interval in the cell of its share."""
     frame = table_frame(record, decoding)
-    digits = {"searches": 2, "tokens written": 0, "tokens retrieved": 0}
+    digits = {"searches": 2, "retriever calls": 2, "tokens written": 0, "tokens retrieved": 0}
     rows = [[name for name in frame if name not in ("low", "high")]]
     for row in frame.to_dict("records"):
         shown = {name: _cell(value, digits.get(name, 3)) for name, value in row.items()}
@@ -325,8 +331,9 @@ def notes(record: Record) -> list[str]:
     result, names, paper = record["statistics"], record["paper"]["names"], record["paper"]
     total, least = len(record["questions"]), result["power"]["smallest_difference"]
     said = [
-        f"{total} questions; mean over the seeds {', '.join(map(str, record['seeds']))}; counts are a question's. "
-        "Intervals: 95 %, bootstrap over questions and, for a trained way, over seeds, which are different models."
+        f"{total} questions; mean over the seeds {', '.join(map(str, record['seeds']))}; counts are a question's. A "
+        "query asked before costs no call of the retriever. Intervals: 95 %, bootstrap over questions and, for a "
+        "trained way, over seeds, which are different models."
     ]
     for name, pairs in result["pairs"].items():
         differ = sum(pair["holm"] < 0.05 for pair in pairs)

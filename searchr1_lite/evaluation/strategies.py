@@ -139,19 +139,23 @@ def first_sentence(text: str) -> str:
 class Attempt:
     """A question worked through in several texts: what `Trajectory` is for one. A turn is a search or a text.
 
-    `calls` are the texts with their tokens. The answer is read from the last of them, `policy_text`.
+    `calls` are the texts with their tokens.
     """
 
     question: Question
     turns: list[Turn] = field(default_factory=list)
     calls: list[Trajectory] = field(default_factory=list)
     retrieved_tokens: int = 0  # of what was found, each time that it was
-    policy_text: str = ""
     stop_reason: str = ""  # as of a trajectory
 
     @property
     def finished(self) -> bool:
         return self.stop_reason == "answer"
+
+    @property
+    def policy_text(self) -> str:
+        """What the model wrote, the text with the answer last."""
+        return "".join(turn.text for turn in self.turns)
 
     @property
     def searches(self) -> int:
@@ -236,7 +240,6 @@ class _Work:
         try:
             return steps.send(came)
         except StopIteration as end:
-            attempt.policy_text = end.value
             answered = last_answer(end.value) is not None
             attempt.stop_reason = "answer" if answered else "turns"
             attempt.turns[-1] = Turn(attempt.turns[-1].text, "answer" if answered else "invalid")
