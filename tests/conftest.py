@@ -68,7 +68,14 @@ def original(path: str) -> ModuleType:
     root = os.environ.get("SEARCH_R1")
     if not root:
         pytest.skip("SEARCH_R1 names no checkout of PeterGriffinJin/Search-R1 to compare with")
-    for name in ("verl", "verl.utils", "verl.utils.tracking", "requests", "original.tensor_helper"):
+    for name in (
+        "verl",
+        "verl.utils",
+        "verl.utils.hdfs_io",
+        "verl.utils.tracking",
+        "requests",
+        "original.tensor_helper",
+    ):
         sys.modules.setdefault(name, MagicMock())
     spec = spec_from_file_location(f"original.{Path(path).stem}", Path(root) / path)
     module = module_from_spec(spec)
