@@ -43,6 +43,7 @@ from searchr1_lite.evaluation.evaluate import (
 )
 from searchr1_lite.evaluation.metrics import macro_average
 from searchr1_lite.jsonl import append_rows, read_rows, write_json
+from searchr1_lite.plain import plain
 from searchr1_lite.retrieval.cache import remembered
 from searchr1_lite.retrieval.load import load_retriever
 from searchr1_lite.rollout.policy import Policy, PolicyError, load_policy, with_adapter
@@ -191,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
         profile, adapter = named(given.profile, given.adapter, dict(given.settings))
         result = evaluate_into(given.out, profile, given.decoding, adapter)
     except ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {plain(str(error))}")
     for decoding in DECODINGS[given.decoding]:
         sets = result[decoding]["by_data_set"]
         for name, one in ({"all": result[decoding]} | (sets if len(sets) > 1 else {})).items():
@@ -200,7 +201,7 @@ def main(arguments: list[str] | None = None) -> None:
             searches = f"{one['mean_searches']:.2f} searches"
             if one["failed_searches"]:
                 searches += f"; left out, since a query was refused: {one['failed_searches']}"
-            print(f"{decoding}, {name}: {one['questions']} questions, {score}, {searches}")
+            print(f"{decoding}, {plain(name)}: {one['questions']} questions, {score}, {searches}")
 
 
 if __name__ == "__main__":

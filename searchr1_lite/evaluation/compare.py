@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from searchr1_lite.config import Profile, load_profile
 from searchr1_lite.evaluation.__main__ import evaluate_into
+from searchr1_lite.plain import plain
 from searchr1_lite.training.__main__ import ERRORS, setting
 from searchr1_lite.training.grpo import train
 
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
                     flush=True,
                 )
     except ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {plain(str(error))}")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Left out: few-shot examples, which the papers give and which do not fit a small 
 
 import re
 from collections.abc import Callable, Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -193,7 +194,9 @@ def answer(
     """
     attempts = [Attempt(question) for question in questions]
     waiting, ready = iter(attempts), 0
-    with plain_weights(policy.model), Batcher(retriever) as searches:
+    # once for all texts, where each would do it for itself
+    weights = plain_weights(policy.model) if profile.sampling_weights == "dequantized" else nullcontext()
+    with weights, Batcher(retriever) as searches:
         work = _Work(policy, profile, searches, greedy, seed)
         wanted: list[_Wanted] = []
         while ready < len(attempts):

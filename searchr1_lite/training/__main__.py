@@ -14,6 +14,7 @@ from pathlib import Path
 import yaml
 
 from searchr1_lite.config import ConfigError, load_profile
+from searchr1_lite.plain import plain
 from searchr1_lite.retrieval.build import BuildError
 from searchr1_lite.retrieval.corpus import CorpusError
 from searchr1_lite.retrieval.encoders import EncoderError
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
         profile = load_profile(given.profile, **dict(given.settings))
         train(profile, given.run_folder)
     except ERRORS as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {plain(str(error))}")
 
 
 if __name__ == "__main__":
