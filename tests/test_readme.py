@@ -109,3 +109,20 @@ def test_the_speed_quoted_is_that_of_the_record():
             assert f"{ratio['median']:.1f} ({ratio['least']:.1f} to {ratio['most']:.1f})" in README, name
     step = results("training_step")["ratio"]
     assert f"{1 / step['median']:.2f}" in README
+
+
+def test_the_ways_quoted_are_those_of_the_record():
+    record = json.loads((ROOT / "data/results/ten_ways.json").read_text(encoding="utf-8"))
+    cells, paper = record["statistics"]["cells"]["greedy"], record["paper"]["average"]
+    for way, its in cells.items():
+        low, high = its["interval"]
+        counts = f"{its['searches']:.1f} | {its['response_length']:.0f}"
+        sizes = " | ".join(f"{paper[size][way]:.3f}" if way in paper[size] else "" for size in ("3B", "7B"))
+        name = record["paper"]["names"][way]
+        row = f"| {name} | {its['exact_match']:.2f} ({low:.2f} to {high:.2f}) | {counts} | {sizes} |"
+        assert row in README
+    searched = [cells["search_r1_base"], cells["search_r1_instruct"]]
+    assert min(one["interval"][0] for one in searched) > cells["rag"]["interval"][1]
+    assert cells["rag"]["interval"][0] > cells["direct"]["interval"][1]
+    assert max(results("ten_ways")["minutes_a_seed"]) < 9 and "under nine minutes" in README
+    assert f"open in {results('page')['list_seconds']:.1f} seconds" in README

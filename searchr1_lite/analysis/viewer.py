@@ -44,8 +44,8 @@ def trajectory_html(row: Row) -> str:
     return f"<p><i>{escape(headline(row))}</i></p>" + "".join(blocks)
 
 
-def side_by_side(before: Row, after: Row) -> str:
-    """The same question before and after training, as an HTML table of two columns."""
+def side_by_side(before: Row, after: Row, names: tuple[str, str] = ("before training", "after training")) -> str:
+    """The same question answered twice, as an HTML table of two columns."""
     if before["question"]["id"] != after["question"]["id"]:
         raise ValueError(f"two questions, {before['question']['id']!r} and {after['question']['id']!r}, side by side")
     question = before["question"]
@@ -53,7 +53,7 @@ def side_by_side(before: Row, after: Row) -> str:
     cell = '<td style="vertical-align:top;text-align:left;width:50%;padding:.4em .8em">'
     return (
         f"<p><b>{escape(question['question'])}</b> (answer: {answers})</p>"
-        '<table style="width:100%"><tr><th>before training</th><th>after training</th></tr>'
+        f'<table style="width:100%"><tr><th>{escape(names[0])}</th><th>{escape(names[1])}</th></tr>'
         f"<tr>{cell}{trajectory_html(before)}</td>{cell}{trajectory_html(after)}</td></tr></table>"
     )
 
