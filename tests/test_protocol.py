@@ -15,10 +15,10 @@ import searchr1_lite.config
 from searchr1_lite.evaluation.strategies import RAG_PROMPT
 from searchr1_lite.rollout.protocol import (
     INVALID_ACTION,
-    asked,
     encode_observation,
     encode_prompt,
     parse_action,
+    question_text,
     render_observation,
     render_prompt,
 )
@@ -219,8 +219,8 @@ def test_prompts_without_search_and_with_context_are_quoted_exactly():
     )
     show = "Show your reasoning in <think> </think> tags and return the final answer in <answer> </answer> tags, for "
     end = "example <answer> Beijing </answer>. Question: who was first?"
-    assert render_prompt("who was first", "r1") == f"Answer the given question. {think}{show}{end}\n"
-    message = RAG_PROMPT.format(question=asked("who was first"), passages="P")
+    assert render_prompt("who was first", "r1") == f"{think}{show}{end}\n"
+    message = RAG_PROMPT.format(question=question_text("who was first"), passages="P")
     assert message.startswith("Answer the given question with some potentially useful context. You should analyze ")
     assert message.endswith(f"{show}{end} Context: P \n")
 
@@ -228,5 +228,5 @@ def test_prompts_without_search_and_with_context_are_quoted_exactly():
 def test_prompts_without_search_and_with_context_are_those_of_the_original_itself():
     row = {"question": "who was first?", "context": "P"}
     assert original("scripts/data_process/nq.py").make_prefix(row, "base") == render_prompt("who was first", "r1")
-    message = RAG_PROMPT.format(question=asked("who was first"), passages="P")
+    message = RAG_PROMPT.format(question=question_text("who was first"), passages="P")
     assert original("scripts/data_process/nq_rag.py").make_prefix(row, "base") == message

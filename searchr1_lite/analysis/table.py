@@ -365,25 +365,25 @@ def _swap(pair: Record, names: dict[str, str]) -> str:
     return f"{names[pair['better_here']]} above {names[pair['better_in_paper']]}{'*' * (pair['holm'] < 0.05)}"
 
 
-def one_line(text: str) -> str:
+def in_one_line(text: str) -> str:
     return " ".join(plain(text).split())
 
 
 def markdown(text: str) -> str:
     """Text that stays text, in one cell: whatever could mean something to Markdown or HTML becomes a numeric entity."""
-    return re.sub(r"[^\w .,;:'=+%()/-]|_|:(?=/)", lambda found: f"&#{ord(found[0])};", one_line(text))
+    return re.sub(r"[^\w .,;:'=+%()/-]|_|:(?=/)", lambda found: f"&#{ord(found[0])};", in_one_line(text))
 
 
 def latex(text: str) -> str:
     """The same for LaTeX; `[` and `*` because they would mean something after a row's end."""
     named = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}"}
     named |= {">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}", "*": "{*}"}
-    return re.sub(r"[\\~^<>|\[*&%$#_{}]", lambda found: named.get(found[0], "\\" + found[0]), one_line(text))
+    return re.sub(r"[\\~^<>|\[*&%$#_{}]", lambda found: named.get(found[0], "\\" + found[0]), in_one_line(text))
 
 
 def spreadsheet(text: str) -> str:
     """The same for a CSV cell of text, which a spreadsheet must not take for a formula."""
-    line = one_line(text)
+    line = in_one_line(text)
     return f"'{line}" if line.startswith(("=", "+", "-", "@")) else line
 
 
@@ -394,7 +394,7 @@ def to_markdown(record: Record) -> str:
     decoding = record["decodings"][0]
     parts += [f"From best to worst, {decoding}:", _markdown_rows(neighbours(record, decoding), 2)]
     parts += ["\n".join(f"- {markdown(sentence)}" for sentence in notes(record))]
-    made = f"Made {record['date']} by `{one_line(record['command']).replace('`', ' ')}`."
+    made = f"Made {record['date']} by `{in_one_line(record['command']).replace('`', ' ')}`."
     return "\n\n".join([*parts, made]) + "\n"
 
 
@@ -412,7 +412,7 @@ def to_latex(record: Record) -> str:
         columns = "ll" + "r" * (len(rows[0]) - 2)
         lines = [f"% {decoding}", rf"\begin{{tabular}}{{{columns}}}", r"\hline", heading, r"\hline", *body, r"\hline"]
         parts.append("\n".join([*lines, r"\end{tabular}"]))
-    return "\n\n".join([f"% Made {record['date']} by {one_line(record['command'])}", *parts]) + "\n"
+    return "\n\n".join([f"% Made {record['date']} by {in_one_line(record['command'])}", *parts]) + "\n"
 
 
 def to_csv(record: Record) -> str:
@@ -435,7 +435,7 @@ def draw(record: Record, here: Axes, paper: Axes) -> None:
     for size, averages in record["paper"]["average"].items():
         known = [(averages[way], place) for place, way in enumerate(ways) if way in averages]
         paper.plot(*zip(*known, strict=True) if known else ([], []), linestyle="", label=size, **PAPER_MARKS[size])
-    here.set_yticks(range(len(ways)), [one_line(names[way]) for way in ways], parse_math=False)
+    here.set_yticks(range(len(ways)), [in_one_line(names[way]) for way in ways], parse_math=False)
     here.set_ylim(len(ways) - 0.5, -0.5)
     here.set_xlabel(
         f"exact match, mean of {len(record['seeds'])} seed{'s' * (len(record['seeds']) > 1)}, 95 % interval"
@@ -482,8 +482,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"error: {plain(str(error))}")
     paths = write_table(record, given.out)
     for decoding in record["decodings"]:
-        print(*(f"{decoding:8} {one_line(row[0]):22} {row[2]}" for row in _text_rows(record, decoding)[1:]), sep="\n")
-    print(*map(one_line, notes(record)), *paths, sep="\n")
+        print(
+            *(f"{decoding:8} {in_one_line(row[0]):22} {row[2]}" for row in _text_rows(record, decoding)[1:]), sep="\n"
+        )
+    print(*map(in_one_line, notes(record)), *paths, sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ table. As in the paper (arXiv 2503.09516), what only prompts asks the instruct m
 model its supervised fine-tuning began from it does not say, here it is the base.
 """
 
+import re
 import sys
 import time
 from argparse import ArgumentParser
@@ -76,7 +77,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
     parser.add_argument("settings", nargs="*", type=setting, metavar="name=value")
-    given = parser.parse_intermixed_args(arguments)
+    # Settings may stand anywhere; after a list argparse would take them for its next members.
+    typed = sorted(sys.argv[1:] if arguments is None else arguments, key=lambda one: not re.match(r"\w+=", one))
+    given = parser.parse_intermixed_args(typed)
     began = time.monotonic()
     try:
         for seed in given.seeds:

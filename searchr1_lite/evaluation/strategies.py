@@ -20,7 +20,13 @@ from searchr1_lite.config import Profile
 from searchr1_lite.retrieval.batching import Batcher
 from searchr1_lite.rollout.engine import context_limit, rollout
 from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import asked, encode_message, parse_action, render_observation, render_passages
+from searchr1_lite.rollout.protocol import (
+    encode_message,
+    parse_action,
+    question_text,
+    render_observation,
+    render_passages,
+)
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
 from searchr1_lite.rollout.weights import plain_weights
 from searchr1_lite.training.rewards import last_answer
@@ -76,7 +82,7 @@ Strategy = Callable[[str, Profile], Generator[Search | Write, Any, str]]
 def rag(question: str, profile: Profile) -> Generator[Search | Write, Any, str]:
     """One search with the question's words, then the answer from what it found (Lewis et al., arXiv 2005.11401)."""
     found = yield Search(question)
-    return (yield Write(RAG_PROMPT.format(question=asked(question), passages=render_passages(found))))
+    return (yield Write(RAG_PROMPT.format(question=question_text(question), passages=render_passages(found))))
 
 
 def ircot(question: str, profile: Profile) -> Generator[Search | Write, Any, str]:
@@ -88,14 +94,14 @@ def ircot(question: str, profile: Profile) -> Generator[Search | Write, Any, str
     found = yield Search(question)
     thoughts = ""
     for _ in range(profile.max_turns - 1):
-        message = IRCOT_PROMPT.format(question=asked(question), passages=render_passages(found))
+        message = IRCOT_PROMPT.format(question=question_text(question), passages=render_passages(found))
         thought = first_sentence((yield Write(message, begun=thoughts)))
         if not thought or "answer is" in thought.lower():
             break
         thoughts = f"{thoughts} {thought}".strip()
         new = yield Search(thought)
         found = (*found, *(hit for hit in new if hit.passage not in {old.passage for old in found}))[:IRCOT_PASSAGES]
-    return (yield Write(RAG_PROMPT.format(question=asked(question), passages=render_passages(found))))
+    return (yield Write(RAG_PROMPT.format(question=question_text(question), passages=render_passages(found))))
 
 
 def search_o1(question: str, profile: Profile) -> Generator[Search | Write, Any, str]:
@@ -104,7 +110,7 @@ def search_o1(question: str, profile: Profile) -> Generator[Search | Write, Any,
     That reading is a text of its own, made from the reasoning so far, the query and the documents (Search-o1, arXiv
     2501.05366, its "Reason-in-Documents").
     """
-    message = SEARCH_O1_PROMPT.format(question=asked(question), searches=profile.max_turns)
+    message = SEARCH_O1_PROMPT.format(question=question_text(question), searches=profile.max_turns)
     reasoning = ""
     for searches in range(profile.max_turns + 1):
         said = yield Write(message, begun=reasoning)
@@ -123,9 +129,9 @@ def inter(question: str, profile: Profile) -> Generator[Search | Write, Any, str
     """The query grows by what the model writes about what was found, in rounds; then as `rag` (arXiv 2305.07402)."""
     found = yield Search(question)
     for _ in range(INTER_ROUNDS):
-        knowledge = yield Write(INTER_PROMPT.format(question=asked(question), passages=render_passages(found)))
+        knowledge = yield Write(INTER_PROMPT.format(question=question_text(question), passages=render_passages(found)))
         found = yield Search(f"{question} {knowledge.strip()}")
-    return (yield Write(RAG_PROMPT.format(question=asked(question), passages=render_passages(found))))
+    return (yield Write(RAG_PROMPT.format(question=question_text(question), passages=render_passages(found))))
 
 
 STRATEGIES: dict[str, Strategy] = {"rag": rag, "ircot": ircot, "search_o1": search_o1, "inter": inter}

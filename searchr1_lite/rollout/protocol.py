@@ -54,7 +54,7 @@ class Action(NamedTuple):
     content: str
 
 
-def asked(question: str) -> str:
+def question_text(question: str) -> str:
     """The question as the prompts hold it: without space around it, and with its question mark."""
     question = question.strip()
     return question if question.endswith("?") else question + "?"
@@ -62,7 +62,7 @@ def asked(question: str) -> str:
 
 def render_prompt(question: str, strategy: str = "search_r1") -> str:
     """The user message for a question, byte for byte as Search-R1 writes it ("direct" and "cot" are ours)."""
-    return PROMPTS[strategy].format(question=asked(question))
+    return PROMPTS[strategy].format(question=question_text(question))
 
 
 def encode_prompt(tokenizer: Any, question: str, chat_template: bool, strategy: str = "search_r1") -> list[int]:
