@@ -3,6 +3,7 @@
 import io
 import os
 import select
+import signal
 import sys
 
 import pytest
@@ -277,6 +278,7 @@ def test_in_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_program():
     pid, screen = pty.fork()
     if pid == 0:
         os.environ["TERM"] = "dumb"
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what starts the tests in the background may have it ignored
         long = ["--sampled", "temperature=9.0", "max_turns=1", "max_response_tokens=600"]  # noise, to every limit
         typed = ["--adapter", str(RUN), "quantization=none", *long]
         os.execv(sys.executable, [sys.executable, "-m", "searchr1_lite.ask", *typed])

@@ -12,6 +12,7 @@ from searchr1_lite.rollout.policy import load_policy
 from searchr1_lite.rollout.protocol import PROMPTS, encode_prompt
 from searchr1_lite.rollout.trajectory import token_pieces
 from searchr1_lite.tasks.questions import load_questions
+from searchr1_lite.training.grpo import check_settings
 from searchr1_lite.types import Hit, Passage, QueryRefusedError, RetrievalError
 
 ONE, TWO, THREE = (Hit(Passage(str(n), f"T{n}", f"Text {n}."), 1.0) for n in (1, 2, 3))
@@ -227,6 +228,10 @@ def test_evaluate_takes_any_strategy(policy, questions):
         assert (summary["questions"], len(answered)) == (5, 5)
     with pytest.raises(ConfigError, match="'rag' is more than one trajectory; there are search_r1, r1, direct, cot"):
         rollout(policy, questions, Empty(), with_strategy("rag"))
+    with pytest.raises(
+        ConfigError, match="'ircot' is several texts, and one trajectory is trained; there are"
+    ):
+        check_settings(with_strategy("ircot"))
 
 
 def test_pieces_join_to_the_text(policy):

@@ -147,12 +147,8 @@ def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     the end as U+FFFD.
     """
     pieces, start = [], 0  # `start`: the first token whose bytes are not shown yet
-    for end, token in enumerate(ids, 1):
-        text = (
-            _alone(tokenizer, token)
-            if start == end - 1
-            else tokenizer.decode(list(ids[start:end]), clean_up_tokenization_spaces=False)
-        )
+    for end in range(1, len(ids) + 1):
+        text = _decoded(tokenizer, tuple(ids[start:end]))
         whole = not text.endswith("\ufffd") or end == len(ids)
         pieces.append(text if whole else "")
         start = end if whole else start
@@ -160,5 +156,5 @@ def token_pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 
 
 @lru_cache(maxsize=200_000)
-def _alone(tokenizer: Any, token: int) -> str:
-    return tokenizer.decode([token], clean_up_tokenization_spaces=False)
+def _decoded(tokenizer: Any, ids: tuple[int, ...]) -> str:
+    return tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)

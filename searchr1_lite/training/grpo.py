@@ -37,6 +37,7 @@ from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.retrieval.load import load_retriever
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy, choose_device, load_policy, load_skeleton
+from searchr1_lite.rollout.protocol import PROMPTS
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.rollout.vllm import VLLMWriter
 from searchr1_lite.tasks.questions import load_questions
@@ -149,6 +150,9 @@ def check_processes(profile: Profile, eval_questions: int, processes: int) -> No
 
 def check_settings(profile: Profile) -> None:
     """Refuse what could only fail later, before weights are loaded; raises ConfigError with the setting to change."""
+    if profile.strategy not in PROMPTS:
+        several = f"strategy {profile.strategy!r} is several texts, and one trajectory is trained"
+        raise ConfigError(f"{several}; there are {', '.join(PROMPTS)}")
     if profile.rollout_rows < profile.group_size:
         raise ConfigError(f"rollout_rows = {profile.rollout_rows} leaves no room for a group of {profile.group_size}")
     model = load_skeleton(profile)
