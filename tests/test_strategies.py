@@ -228,9 +228,7 @@ def test_evaluate_takes_any_strategy(policy, questions):
         assert (summary["questions"], len(answered)) == (5, 5)
     with pytest.raises(ConfigError, match="'rag' is more than one trajectory; there are search_r1, r1, direct, cot"):
         rollout(policy, questions, Empty(), with_strategy("rag"))
-    with pytest.raises(
-        ConfigError, match="'ircot' is several texts, and one trajectory is trained; there are"
-    ):
+    with pytest.raises(ConfigError, match="'ircot' is several texts, and one trajectory is trained; there are"):
         check_settings(with_strategy("ircot"))
 
 
