@@ -55,6 +55,7 @@ def test_ircot_searches_no_more_than_search_r1_may_and_keeps_fifteen_passages():
     wants, _ = drive(STRATEGIES["ircot"]("who", PROFILE), *replies)
     assert sum(isinstance(want, Search) for want in wants) == PROFILE.max_turns == 4
     assert wants[-1].message.count("(Title:") == strategies.IRCOT_PASSAGES == 15
+    assert wants[-1].message.startswith(strategies.RAG_PROMPT[:40])  # the reader's turn
 
 
 def test_search_o1_reads_documents_apart_and_goes_on_from_what_they_said():
