@@ -168,6 +168,12 @@ def test_counts_are_those_of_turns_and_tokens(policy, questions, name):
         assert len(row["calls"]) == sum(turn["action"] != "search" for turn in row["turns"])
 
 
+def test_an_attempt_without_an_answer_says_so(policy, questions):
+    [attempt] = answer(policy, questions[:1], RETRIEVER, with_strategy("rag", max_response_tokens=3))
+    assert (attempt.stop_reason, attempt.finished, attempt.invalid_actions) == ("turns", False, 1)
+    assert [turn.action for turn in attempt.turns] == ["search", "invalid"]
+
+
 class Refuses:
     """Refuses the question with this word; the rest of the time finds nothing, or fails."""
 
@@ -217,7 +223,8 @@ def test_the_other_prompts_never_search(policy, questions, name):
         def search(self, queries, k):
             raise AssertionError("searched")
 
-    for trajectory in rollout(policy, questions, Never(), with_strategy(name), seed=1):
+    cut = with_strategy(name, max_response_tokens=3)  # too short for any action, after which a search loop would go on
+    for trajectory in rollout(policy, questions, Never(), cut, seed=1):
         asked = encode_prompt(policy.tokenizer, trajectory.question.question, True, name)
         assert (list(trajectory.prompt_ids), len(trajectory.turns)) == (asked, 1)
         assert trajectory.searches == trajectory.retrieved_tokens == 0
@@ -244,7 +251,9 @@ def test_pieces_join_to_the_text(policy):
 
 
 def test_one_trajectory_has_its_own_tokens_masked(policy, questions):
-    [trajectory] = rollout(policy, questions[:1], RETRIEVER, with_strategy("search_r1"), seed=5)
+    cut = with_strategy("search_r1", max_response_tokens=3)  # so that the environment says something
+    [trajectory] = rollout(policy, questions[:1], RETRIEVER, cut, seed=5)
+    assert 0 in trajectory.loss_mask
     [call] = scored_row(trajectory, policy.tokenizer)["calls"]
     assert [logprob is not None for logprob in call["logprobs"]] == [bool(own) for own in trajectory.loss_mask]
     assert "".join(call["pieces"]).replace("<|im_end|>", "") == trajectory.response.replace("<|im_end|>", "")
