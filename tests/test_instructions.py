@@ -74,6 +74,15 @@ def test_nothing_is_said_that_the_passages_do_not_hold(writer, strategy):
     assert strategy == "rag" or right[2] > 1  # and these find some second ones
 
 
+def test_a_chain_is_read_up_to_the_first_link_that_is_missing(writer):
+    facts = writer.chains[3][0]
+    heads = [f'Doc {n}(Title: "{fact.subject.name}") text' for n, fact in enumerate(facts, 1)]
+    teacher = Teacher(writer, facts)
+    assert teacher._readable("\n".join(heads), facts) == facts
+    assert teacher._readable(f"{heads[0]}\n{heads[2]}", facts) == facts[:1]
+    assert teacher._readable(f"{heads[1]}\n{heads[2]}", facts) == []
+
+
 def test_pieces_are_the_prompts_of_later_and_only_answers_are_learned(writer):
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data/tiny-base")
     examples = Instructions(tokenizer, 0, 10, Mix(0.0, 0.1))
