@@ -27,7 +27,7 @@ from searchr1_lite.rollout.protocol import (
     render_observation,
     render_passages,
 )
-from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.rollout.trajectory import OfTurns, Trajectory, Turn
 from searchr1_lite.rollout.weights import plain_weights
 from searchr1_lite.training.rewards import last_answer
 from searchr1_lite.types import Hit, QueryRefusedError, Question, Retriever
@@ -143,7 +143,7 @@ def first_sentence(text: str) -> str:
 
 
 @dataclass(slots=True)
-class Attempt:
+class Attempt(OfTurns):
     """A question worked through in several texts: what `Trajectory` is for one. A turn is a search or a text.
 
     `calls` are the texts with their tokens.
@@ -158,23 +158,6 @@ class Attempt:
     @property
     def finished(self) -> bool:
         return self.stop_reason == "answer"
-
-    @property
-    def policy_text(self) -> str:
-        """What the model wrote, the text with the answer last."""
-        return "".join(turn.text for turn in self.turns)
-
-    @property
-    def searches(self) -> int:
-        return sum(turn.action == "search" for turn in self.turns)
-
-    @property
-    def search_failed(self) -> bool:
-        return self.stop_reason in ("search failed", "search refused")
-
-    @property
-    def invalid_actions(self) -> int:
-        return sum(turn.action == "invalid" for turn in self.turns)
 
     @property
     def response_length(self) -> int:

@@ -27,8 +27,36 @@ class Turn:
     observation: str = ""
 
 
+class OfTurns:
+    """What `turns` and `stop_reason` say: of a trajectory, and of an attempt in several texts (strategies.py)."""
+
+    __slots__ = ()
+    turns: Sequence[Turn]
+    stop_reason: str
+
+    @property
+    def policy_text(self) -> str:
+        """What the model itself wrote. Rewards read this, so that a passage holding `<answer>` cannot be scored."""
+        return "".join(turn.text for turn in self.turns)
+
+    @property
+    def searches(self) -> int:
+        """Number of searches that were executed."""
+        return sum(turn.query is not None for turn in self.turns)
+
+    @property
+    def search_failed(self) -> bool:
+        """Its last search failed for good: what it would have come to is not known, and nobody learns from it."""
+        return self.stop_reason in ("search failed", "search refused")
+
+    @property
+    def invalid_actions(self) -> int:
+        """Number of turns without a well-formed action."""
+        return sum(turn.action == "invalid" for turn in self.turns)
+
+
 @dataclass(frozen=True, slots=True)
-class Trajectory:
+class Trajectory(OfTurns):
     """One question worked through.
 
     `prompt_ids`: (prompt tokens,). `completion_ids`, `loss_mask`, `logprobs`: (completion tokens,), equally long.
@@ -59,26 +87,6 @@ class Trajectory:
     def response(self) -> str:
         """The whole completion as text, retrieved passages included."""
         return "".join(turn.text + turn.observation for turn in self.turns)
-
-    @property
-    def policy_text(self) -> str:
-        """What the model itself wrote. Rewards read this, so that a passage holding `<answer>` cannot be scored."""
-        return "".join(turn.text for turn in self.turns)
-
-    @property
-    def searches(self) -> int:
-        """Number of searches that were executed."""
-        return sum(turn.query is not None for turn in self.turns)
-
-    @property
-    def search_failed(self) -> bool:
-        """Its last search failed for good: what it would have come to is not known, and nobody learns from it."""
-        return self.stop_reason in ("search failed", "search refused")
-
-    @property
-    def invalid_actions(self) -> int:
-        """Number of turns without a well-formed action."""
-        return sum(turn.action == "invalid" for turn in self.turns)
 
     @property
     def response_length(self) -> int:
