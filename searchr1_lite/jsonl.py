@@ -81,8 +81,16 @@ def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write so that a reader, or a run that goes on, finds the old file or the new one, never half of one."""
+    """`write_whole` of a value as JSON."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write so that a reader, or a run that goes on, finds the old file or the new one, never half of one.
+
+    Text is written as UTF-8, its line ends as they are. The folder is made if it is not there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    beside.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     os.replace(beside, path)

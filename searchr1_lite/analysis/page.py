@@ -15,7 +15,6 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter, defaultdict
@@ -26,7 +25,7 @@ from typing import Any
 
 from searchr1_lite.analysis.runs import RunError, read_mapping
 from searchr1_lite.analysis.viewer import passages
-from searchr1_lite.jsonl import read_rows
+from searchr1_lite.jsonl import read_rows, write_whole
 from searchr1_lite.rollout.protocol import PROMPTS, render_prompt
 
 Row = dict[str, Any]
@@ -105,10 +104,7 @@ def write_page(rows: Sequence[Row] | Source, out: Path, against: Sequence[Row] |
     parts = [everything[start : start + ROWS_A_PART] for start in range(0, len(everything), ROWS_A_PART)]
     data = [pack(index), *(pack([detail(row) for _, row in part]) for part in parts)]
     out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_name(out.name + ".new")
-    beside.write_text(_fill(TEMPLATE.read_text(encoding="utf-8"), data), encoding="utf-8", newline="\n")
-    os.replace(beside, out)
+    write_whole(out, _fill(TEMPLATE.read_text(encoding="utf-8"), data))
     return out
 
 

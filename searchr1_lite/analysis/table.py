@@ -12,7 +12,6 @@ the ways answer is said in evaluation/strategies.py.
 """
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Sequence
@@ -32,7 +31,7 @@ from searchr1_lite.analysis.figures import DPI, save
 from searchr1_lite.analysis.runs import RunError, read_mapping
 from searchr1_lite.config import ROOT
 from searchr1_lite.evaluation.metrics import bootstrap_interval, holm, mean, paired_p, smallest_difference
-from searchr1_lite.jsonl import read_rows, write_json
+from searchr1_lite.jsonl import read_rows, write_json, write_whole
 from searchr1_lite.plain import plain
 from searchr1_lite.provenance import command
 from searchr1_lite.training.rewards import exact_match, f1, substring_match
@@ -464,9 +463,7 @@ def write_table(record: Record, out: Path) -> list[Path]:
     paths = {kind: out.with_name(f"{out.name}.{kind}") for kind in ("json", "md", "csv", "tex", "png")}
     write_json(paths["json"], record)
     for kind, make in (("md", to_markdown), ("csv", to_csv), ("tex", to_latex)):
-        beside = out.with_name(f"{out.name}.{kind}.new")
-        beside.write_text(make(record), encoding="utf-8", newline="")
-        os.replace(beside, paths[kind])
+        write_whole(paths[kind], make(record))
     save(picture(record), paths["png"])
     return list(paths.values())
 

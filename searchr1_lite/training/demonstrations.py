@@ -8,7 +8,6 @@ of sampling from the model that was trained.
 
 import gzip
 import json
-import os
 import random
 import time
 from collections import Counter
@@ -23,7 +22,7 @@ from trl import GRPOTrainer
 
 from searchr1_lite.config import ConfigError, Profile
 from searchr1_lite.evaluation.evaluate import progress_line
-from searchr1_lite.jsonl import read_rows
+from searchr1_lite.jsonl import read_rows, write_whole
 from searchr1_lite.retrieval.cache import remembered
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
@@ -126,7 +125,7 @@ def right_answers(
                 f"none of {tried} was right: nothing to learn from. Raise group_size or steps, or change model"
             )
         if process.is_main_process:
-            _replace(path, whole)
+            write_whole(path, whole)
         process.wait_for_everyone()
     right = [_trajectory(row) for _, row in read_rows(path, RunFolderError, "demonstrations")]
     searches = ", ".join(f"{n} with {count}" for count, n in sorted(Counter(one.searches for one in right).items()))
@@ -152,7 +151,7 @@ def _sample(
     right = sorted(gather_object(right), key=lambda one: place[one.question.id])
     if process.is_main_process:
         rows = [trajectory_to_row(one) | {name: getattr(one, name) for name in TOKENS} for one in right]
-        _replace(part, gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
+        write_whole(part, gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
     process.wait_for_everyone()
 
 
@@ -164,12 +163,6 @@ def _trajectory(row: dict[str, Any]) -> Trajectory:
         turns.append(Turn(turn["text"], turn["action"], turn["query"], hits, turn["observation"]))
     asked = Question(**row["question"] | {"golden_answers": tuple(row["question"]["golden_answers"])})
     return Trajectory(asked, *(tuple(row[name]) for name in TOKENS), tuple(turns), row["finished"], row["stop_reason"])
-
-
-def _replace(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".new")
-    beside.write_bytes(content)
-    os.replace(beside, path)
 
 
 def cross_entropy(trainer: GRPOTrainer, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
