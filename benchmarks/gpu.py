@@ -41,7 +41,7 @@ from searchr1_lite.rollout.policy import Policy, load_policy
 from searchr1_lite.rollout.protocol import encode_prompt
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.rollout.weights import plain_weights
-from searchr1_lite.training import grpo
+from searchr1_lite.training import trainer as trainer_module
 from searchr1_lite.types import Hit, Passage, Question
 
 PUBLISHED = {  # of Search-R1 3B on 8 H100; authors' and users' remarks, not measurements
@@ -231,7 +231,7 @@ def recording(policy: Policy) -> Record:
 
 @dataclass
 class ScriptedRollouts:
-    """Stands where training/grpo.py calls `rollout`: rows write their script, and peaks of memory are noted.
+    """Stands where training/trainer.py calls `rollout`: rows write their script, and peaks of memory are noted.
 
     The second step trains on the first one's trajectories again, so that its time is that of training alone.
     """
@@ -306,10 +306,10 @@ def training(profile: Profile, micro_batches: tuple[int, ...], searches: int, sa
     for tokens in micro_batches:
         changed = profile.model_copy(update={"micro_batch_tokens": tokens})
         scripted.peaks = {key: peak for key, peak in scripted.peaks.items() if key == "rollout"}
-        with TemporaryDirectory() as folder, patch.object(grpo, "rollout", scripted):
+        with TemporaryDirectory() as folder, patch.object(trainer_module, "rollout", scripted):
             run = Path(folder) / "run"
             (run / "checkpoints").mkdir(parents=True)
-            trainer = grpo.build_trainer(changed, run, policy, questions, LongPassages(), str)
+            trainer = trainer_module.build_trainer(changed, run, policy, questions, LongPassages(), str)
             trainer.train()
             scripted.note("training", policy.device)
             steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -29,7 +29,7 @@ from searchr1_lite.jsonl import write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.trajectory import Trajectory
-from searchr1_lite.training.grpo import build_trainer, reward_of_rollout, trl_columns, trl_config
+from searchr1_lite.training.trainer import build_trainer, reward_of_rollout, trl_columns, trl_config
 from searchr1_lite.types import Question
 
 ROWS = 4  # in a micro-batch of TRL's

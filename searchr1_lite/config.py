@@ -15,6 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 INDEX_KINDS = ("bm25", "flat", "hnsw", "ivf-sq8", "ivf-pq")
 CONTROLS = ("oracle", "random", "empty")
+REINFORCED = ("grpo", "ppo", "reinforce", "reinforce_baseline")  # algorithms that learn from rollouts and rewards
+# What is known to go wrong in the original and elsewhere, to be switched on and looked at: training/defects.py
+Defect = Literal[
+    "retokenised_text", "no_stop_at_tag", "mask_by_text", "groups_of_one", "kl_sign", "unmasked_values",
+    "top_p_sampling", "stale_updates", "colliding_ids", "truncated_closing_tag", "ratio_over_retrieved", "bf16_lora",
+]  # fmt: skip
 ELSEWHERE = ("http://", "https://", "online:")  # what begins so is one retriever, whatever else is in it
 PROFILES = Path(__file__).parent / "profiles"
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +43,7 @@ class Profile(BaseModel):
     quantization: Literal["none", "nf4"]  # nf4: bitsandbytes 4-bit NormalFloat, double quantised
     dtype: Literal["float32", "bfloat16"]  # of everything that is not quantised or LoRA
     device: Literal["auto", "cpu", "cuda"]  # auto: a GPU if there is one
-    lora_r: Positive
+    lora_r: Annotated[int, Field(ge=0)]  # 0: no adapter, all weights are trained (quantization "none" only)
     lora_alpha: Positive
     lora_dropout: Fraction
     lora_target: str | list[str]  # "all-linear" or module names
@@ -74,16 +80,25 @@ class Profile(BaseModel):
     vllm_url: str = "http://127.0.0.1:8000"
 
     # Learning
-    # "sft" learns golden answers, "rejection_sampling" the model's own right ones; see training/demonstrations.py
-    algorithm: Literal["grpo", "sft", "rejection_sampling"] = "grpo"
+    # The first four learn from rewards: see training/algorithms.py. "sft" learns golden answers, "rejection_sampling"
+    # the model's own right ones: see training/demonstrations.py
+    algorithm: Literal["grpo", "ppo", "reinforce", "reinforce_baseline", "sft", "rejection_sampling"] = "grpo"
+    gamma: Fraction = 1.0  # PPO: discount a token
+    gae_lambda: Fraction = 1.0  # PPO: 1 trusts the reward, 0 the value head
+    llds_coef: Annotated[float, Field(ge=0)] = 0.0  # keeps likely what was right: training/algorithms.py
+    stop_early: bool = False  # stop at the first alarm of analysis/health.py, and keep the best checkpoint
+    defects: list[Defect] = []  # known faults to make on purpose, none for a real run: training/defects.py
     masked: bool  # True: learn only from tokens that the model wrote. False: from retrieved tokens too (the ablation)
-    reward: Literal["exact_match", "f1", "substring_match", "format", "retrieval"]  # see training/rewards.py
+    # see training/rewards.py
+    reward: Literal[
+        "exact_match", "f1", "substring_match", "format", "retrieval", "r1_searcher", "research", "autorefine"
+    ]
     reward_reads_prompt: bool = (
         False  # True: score prompt and response as one text, as Search-R1 does; False: the response
     )
     steps: Positive
     questions_per_step: Positive
-    group_size: Annotated[int, Field(ge=2)]  # rollouts a question
+    group_size: Positive  # rollouts a question
     updates_per_rollout: Positive  # optimizer updates made from one batch of rollouts
     micro_batch_tokens: Positive  # tokens, padding included, in one forward and backward; memory and time, not result
     learning_rate: Annotated[float, Field(gt=0)]
@@ -123,7 +138,11 @@ class Profile(BaseModel):
             )
         if self.retriever == "oracle" and (self.noise_start or self.noise_end):
             raise ValueError("an oracle has no noise: take another retriever, or noise_start = noise_end = 0")
-        if self.algorithm != "grpo" and (self.noise_start or self.noise_end):
+        if self.algorithm == "grpo" and self.group_size < 2:
+            raise ValueError("group_size = 1 has no group to compare with: take algorithm reinforce, or 2 and more")
+        if self.lora_r == 0 and self.quantization != "none":
+            raise ValueError("lora_r = 0 trains all weights, and 4-bit ones cannot be trained: quantization = none")
+        if self.algorithm not in REINFORCED and (self.noise_start or self.noise_end):
             raise ValueError(
                 f"noise changes over rollouts, and {self.algorithm} makes none: noise_start = noise_end = 0"
             )

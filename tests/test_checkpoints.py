@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from searchr1_lite.config import ROOT, Profile, load_profile
 from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.training import grpo
+from searchr1_lite.training import trainer as trainer_module
 from searchr1_lite.training.checkpoints import RunFolderError, latest_checkpoint, mark_checkpoint, rewind
 from searchr1_lite.types import Question
 
@@ -51,13 +51,15 @@ def run(folder, tokenizer, retriever, progress=lambda line: None, **overrides):
     profile = load_profile("tiny", **(settings | overrides))
     policy = Policy(make_model(544), tokenizer, torch.device("cpu"))
     options = {"questions": QUESTIONS, "eval_questions": QUESTIONS[:2], "retriever": retriever, "policy": policy}
-    return grpo.train(profile, folder, progress=progress, **options)
+    return trainer_module.train(profile, folder, progress=progress, **options)
 
 
 @pytest.fixture(autouse=True)
 def some_rollouts_are_better(monkeypatch):
     """Noise never answers right; here it earns something, so that there is a gradient to go wrong."""
-    monkeypatch.setattr(grpo, "trajectory_reward", lambda trajectory, *kind: sum(trajectory.completion_ids) % 7 / 7)
+    monkeypatch.setattr(
+        trainer_module, "trajectory_reward", lambda trajectory, *kind: sum(trajectory.completion_ids) % 7 / 7
+    )
 
 
 def without_seconds(value):
@@ -148,12 +150,12 @@ def test_a_committed_run_is_known_to_be_finished(tmp_path):
     settings = {key: value for key, value in settings.items() if key in Profile.model_fields}
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     said = []
-    grpo.train(load_profile("tiny", masked=False, seed=1), tmp_path / "run", progress=said.append)
+    trainer_module.train(load_profile("tiny", masked=False, seed=1), tmp_path / "run", progress=said.append)
     assert said == ["run: finished already, nothing to do"]
     with pytest.raises(RunFolderError, match="reward_reads_prompt: False there, True asked for"):
-        grpo.train(load_profile("tiny", masked=False, seed=1, reward_reads_prompt=True), tmp_path / "run")
+        trainer_module.train(load_profile("tiny", masked=False, seed=1, reward_reads_prompt=True), tmp_path / "run")
     del settings["micro_batch_tokens"]  # a run from when rows were counted, not tokens
     config.write_text(yaml.safe_dump(settings | {"micro_batch_size": 4}), encoding="utf-8")
     gone = "micro_batch_size: a setting that is gone since; micro_batch_tokens: a setting that did not exist"
     with pytest.raises(RunFolderError, match=rf"holds another run \({gone}\)\. Give another run folder"):
-        grpo.train(load_profile("tiny", masked=False, seed=1), tmp_path / "run")
+        trainer_module.train(load_profile("tiny", masked=False, seed=1), tmp_path / "run")

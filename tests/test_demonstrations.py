@@ -8,14 +8,15 @@ import random
 import pandas as pd
 import pytest
 import torch
-from test_grpo import QUESTIONS, adapter, forged, gradient, move, tiny
+from test_trainer import QUESTIONS, adapter, forged, gradient, move, tiny
 from trl import GRPOTrainer
 
 from searchr1_lite.analysis.runs import load_run
 from searchr1_lite.config import ConfigError, load_profile
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.tasks.questions import QuestionError
-from searchr1_lite.training import demonstrations, grpo
+from searchr1_lite.training import demonstrations
+from searchr1_lite.training import trainer as trainer_module
 from searchr1_lite.training.checkpoints import RunFolderError
 from searchr1_lite.types import Hit, Passage, Question
 
@@ -25,7 +26,7 @@ RIGHT = "<answer>a</answer>"
 def trainer_of(made, policy, folder, **settings):
     """A trainer whose adapter has moved away from the base, and the rows of its first update."""
     profile = tiny(**{"temperature": 0.7, "beta": 0.04, "entropy_coef": 0.01} | settings)
-    trainer = grpo.build_trainer(profile, folder, policy, QUESTIONS[:2], None, demonstrations=made)
+    trainer = trainer_module.build_trainer(profile, folder, policy, QUESTIONS[:2], None, demonstrations=made)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     move(trainer, 0)
@@ -106,7 +107,9 @@ def test_golden_answers_look_as_rollouts_do(policy, retriever, strategy):
         assert set(one.loss_mask) == {1} and one.finished and one.searches == 0
         text = f"<answer> {one.question.golden_answers[0]} </answer>"
         assert one.policy_text == policy.tokenizer.decode(one.completion_ids) == text
-    assert not any(grpo.trl_columns(made, True, 7)["env_mask"][0][len(made[0].completion_ids) :])  # nor an end token
+    assert not any(
+        trainer_module.trl_columns(made, True, 7)["env_mask"][0][len(made[0].completion_ids) :]
+    )  # nor an end token
 
 
 @pytest.mark.parametrize(
@@ -211,7 +214,7 @@ def test_a_run_learns_them_and_leaves_a_folder_like_any_other(policy, retriever,
     said = []
     profile = tiny(algorithm=algorithm, steps=6, learning_rate=0.01, save_trajectories_every=6)
     options = {"questions": QUESTIONS, "eval_questions": QUESTIONS[:2], "retriever": retriever, "policy": policy}
-    run = load_run(grpo.train(profile, tmp_path / "run", progress=said.append, **options))
+    run = load_run(trainer_module.train(profile, tmp_path / "run", progress=said.append, **options))
     losses = run.metrics["loss"]
     assert losses.iloc[-1] < 0.85 * losses.iloc[0] and (losses > 0).all()
     assert (run.metrics["reward"] == 1).all() and (run.metrics["exact_match"] == 1).all()

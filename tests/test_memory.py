@@ -60,7 +60,7 @@ def small(tmp_path_factory, tokenizer):
 
 
 def with_adapter(profile):
-    """A policy's model with a 32-bit adapter, ready to be trained, as training/grpo.py makes it."""
+    """A policy's model with a 32-bit adapter, ready to be trained, as training/trainer.py makes it."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=profile.lora_r, target_modules=profile.lora_target, task_type="CAUSAL_LM")

@@ -12,7 +12,7 @@ from searchr1_lite.rollout.policy import load_policy
 from searchr1_lite.rollout.protocol import PROMPTS, encode_prompt
 from searchr1_lite.rollout.trajectory import token_pieces
 from searchr1_lite.tasks.questions import load_questions
-from searchr1_lite.training.grpo import check_settings
+from searchr1_lite.training.trainer import check_settings
 from searchr1_lite.types import Hit, Passage, QueryRefusedError, RetrievalError
 
 ONE, TWO, THREE = (Hit(Passage(str(n), f"T{n}", f"Text {n}."), 1.0) for n in (1, 2, 3))

@@ -29,7 +29,7 @@ from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import INVALID_ACTION, encode_observation, render_observation
 from searchr1_lite.rollout.vllm import VLLMError, VLLMWriter
-from searchr1_lite.training import grpo
+from searchr1_lite.training import trainer as trainer_module
 from searchr1_lite.types import Question
 
 QUESTIONS = [
@@ -553,12 +553,14 @@ def test_training_samples_from_the_server_and_weighs_what_it_sampled(
     stub, policy, profile, retriever, tmp_path, monkeypatch, masked
 ):
     """Each step is sampled with that step's adapter: the learner finds its own log-probabilities again."""
-    monkeypatch.setattr(grpo, "trajectory_reward", lambda trajectory, *_: sum(trajectory.completion_ids) % 7 / 7)
+    monkeypatch.setattr(
+        trainer_module, "trajectory_reward", lambda trajectory, *_: sum(trajectory.completion_ids) % 7 / 7
+    )
     settings = {"steps": 3, "questions_per_step": 2, "masked": masked, "learning_rate": 0.01, "lora_r": 4}
     profile = served(profile, stub, max_turns=1, **settings)
     learner = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.device)
-    order = grpo.question_order(QUESTIONS, profile)
-    trainer = grpo.build_trainer(profile, tmp_path, learner, order, retriever, progress=lambda line: None)
+    order = trainer_module.question_order(QUESTIONS, profile)
+    trainer = trainer_module.build_trainer(profile, tmp_path, learner, order, retriever, progress=lambda line: None)
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     assert [entry["sampling/sampling_logp_difference/max"] < 1e-4 for entry in steps] == [True] * 3

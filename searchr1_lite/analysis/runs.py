@@ -1,6 +1,6 @@
 """A run is a folder; this reads it. No torch, no model: a run made on a GPU is looked at on any laptop.
 
-What the files hold is said in `training/grpo.py`, which writes them. Comparing runs is here too (`load_runs`,
+What the files hold is said in `training/trainer.py`, which writes them. Comparing runs is here too (`load_runs`,
 `by_mask`), drawing them is not.
 """
 

@@ -3,7 +3,7 @@
 Search-R1's own loss in TRL's words (facts checked by tests/test_objective.py): token mean ("bnpo"; here over all
 tokens of an update, where the original takes it of each micro-batch), advantages divided by the group's standard
 deviation, clipped importance ratio, k3 KL to the base model and an entropy bonus, all of them only where `mask` is 1.
-This module is for reading, notebooks and tests; training runs through TRL (grpo.py). It leaves out everything the
+This module is for reading, notebooks and tests; training runs through TRL (trainer.py). It leaves out everything the
 method does not use: sequence-level ratios, other reductions, distributed training.
 """
 

@@ -17,7 +17,7 @@ from searchr1_lite.config import ConfigError, load_profile
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import load_policy
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
-from searchr1_lite.training import grpo
+from searchr1_lite.training import trainer as trainer_module
 from searchr1_lite.training.objective import (
     group_advantages,
     grpo_loss,
@@ -68,13 +68,13 @@ def forge(monkeypatch):
         made.extend(forged(question, generator) for question in questions for _ in range(group_size))
         return list(made)
 
-    monkeypatch.setattr(grpo, "rollout", rollout)
+    monkeypatch.setattr(trainer_module, "rollout", rollout)
     return made
 
 
 def an_update(policy, tmp_path, profile):
     """A trainer whose adapter has moved away from the base, and the rows of its first update."""
-    trainer = grpo.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
+    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     move(trainer, 0)
@@ -229,7 +229,7 @@ def test_nothing_to_learn_from_is_no_gradient(policy, tmp_path, forge):
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 300)), min_size=1, max_size=20), st.integers(1, 2000))
 def test_parts_hold_every_row_once_and_no_more_than_fits(lengths, tokens):
     prompts, completions = zip(*lengths, strict=True)
-    parts = grpo.split_rows(prompts, completions, tokens)
+    parts = trainer_module.split_rows(prompts, completions, tokens)
     assert sorted(row for rows in parts for row in rows) == list(range(len(lengths)))
     for rows in parts:
         width = max(prompts[row] for row in rows) + max(completions[row] for row in rows)
@@ -239,9 +239,9 @@ def test_parts_hold_every_row_once_and_no_more_than_fits(lengths, tokens):
 
 
 def test_parts_by_hand():
-    assert grpo.split_rows([2, 2, 2, 2], [8, 3, 30, 3], 19) == [[2], [0], [1, 3]]
-    assert grpo.split_rows([2, 2, 2, 2], [8, 3, 30, 3], 20) == [[2], [0, 1], [3]]
-    assert grpo.split_rows([1, 9], [9, 1], 20) == [[0], [1]]  # together they would be 18 wide
+    assert trainer_module.split_rows([2, 2, 2, 2], [8, 3, 30, 3], 19) == [[2], [0], [1, 3]]
+    assert trainer_module.split_rows([2, 2, 2, 2], [8, 3, 30, 3], 20) == [[2], [0, 1], [3]]
+    assert trainer_module.split_rows([1, 9], [9, 1], 20) == [[0], [1]]  # together they would be 18 wide
 
 
 def out_of_memory(*arguments, **options):
@@ -251,10 +251,10 @@ def out_of_memory(*arguments, **options):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_no_memory_for_training_names_the_settings(policy, tmp_path, forge, monkeypatch, checkpointing):
     profile = tiny(micro_batch_tokens=512, gradient_checkpointing=checkpointing)
-    trainer = grpo.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
+    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
     monkeypatch.setattr(policy.model.model, "forward", out_of_memory)
     with pytest.raises(
-        grpo.MemoryFullError, match=r"in the training: lower micro_batch_tokens \(it is 512\)"
+        trainer_module.MemoryFullError, match=r"in the training: lower micro_batch_tokens \(it is 512\)"
     ) as raised:
         trainer.train()
     assert ("gradient_checkpointing is off" in str(raised.value)) != checkpointing
@@ -263,18 +263,20 @@ def test_no_memory_for_training_names_the_settings(policy, tmp_path, forge, monk
 
 def test_no_memory_for_the_rollout_names_the_settings(policy, tmp_path, retriever, monkeypatch):
     says = r"in the rollout: lower rollout_rows \(it is 64\) or max_context_tokens \(it is 2500\)"
-    trainer = grpo.build_trainer(tiny(), tmp_path, policy, QUESTIONS[:2], retriever)
+    trainer = trainer_module.build_trainer(tiny(), tmp_path, policy, QUESTIONS[:2], retriever)
     monkeypatch.setattr(policy.model.model, "forward", out_of_memory)
-    with pytest.raises(grpo.MemoryFullError, match=says):
+    with pytest.raises(trainer_module.MemoryFullError, match=says):
         trainer.train()
-    with pytest.raises(grpo.MemoryFullError, match=says):  # of the evaluation
-        grpo.train(tiny(), tmp_path, questions=QUESTIONS, eval_questions=QUESTIONS, retriever=retriever, policy=policy)
+    with pytest.raises(trainer_module.MemoryFullError, match=says):  # of the evaluation
+        trainer_module.train(
+            tiny(), tmp_path, questions=QUESTIONS, eval_questions=QUESTIONS, retriever=retriever, policy=policy
+        )
 
 
 def test_checkpointing_costs_the_rollout_no_cache(policy, tmp_path, retriever):
     """In training mode a checkpointed model drops its cache, and writes noise."""
     plain = rollout(policy, QUESTIONS[:2], retriever, tiny())
-    trainer = grpo.build_trainer(tiny(), tmp_path, policy, QUESTIONS[:2], retriever)
+    trainer = trainer_module.build_trainer(tiny(), tmp_path, policy, QUESTIONS[:2], retriever)
     trainer.model.get_base_model().gradient_checkpointing_enable()  # as the trainer does when it starts
     trainer.model.train()
     widths = []
@@ -297,7 +299,7 @@ def test_training_makes_no_logits_over_the_vocabulary(policy, tmp_path, forge):
 
 def test_the_engine_and_the_trainer_agree_on_log_probabilities(policy, tmp_path, retriever):
     profile = tiny(temperature=0.7)
-    trainer = grpo.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], retriever)
+    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], retriever)
     move(trainer, 0)
     trajectories = rollout(dataclasses.replace(policy, model=trainer.model), QUESTIONS[:2], retriever, profile)
     for t in trajectories:
@@ -316,7 +318,7 @@ def test_the_adapter_is_in_32_bits_on_a_4_bit_base(tmp_path):
     four_bits = load_policy(profile)
     if four_bits.quantization != "nf4":
         pytest.skip("bitsandbytes does not work here")
-    trainer = grpo.build_trainer(profile, tmp_path, four_bits, QUESTIONS[:2], None)
+    trainer = trainer_module.build_trainer(profile, tmp_path, four_bits, QUESTIONS[:2], None)
     assert {parameter.dtype for parameter in adapter(trainer)} == {torch.float32}
     assert any(parameter.dtype == torch.uint8 for parameter in trainer.model.parameters())
 
@@ -324,8 +326,8 @@ def test_the_adapter_is_in_32_bits_on_a_4_bit_base(tmp_path):
 def test_columns_for_trl():
     t = forged(QUESTIONS[0], random.Random(0))
     unfinished = dataclasses.replace(t, finished=False, stop_reason="turns")
-    masked = grpo.trl_columns([t, unfinished], True, 7)
-    unmasked = grpo.trl_columns([t, unfinished], False, 7)
+    masked = trainer_module.trl_columns([t, unfinished], True, 7)
+    unmasked = trainer_module.trl_columns([t, unfinished], False, 7)
     assert masked["completion_ids"] == [[*t.completion_ids, 7], list(t.completion_ids)]
     assert masked["env_mask"] == [[*t.loss_mask, 0], list(t.loss_mask)]
     assert unmasked["env_mask"] == [[1] * len(t.loss_mask) + [0], [1] * len(t.loss_mask)]
@@ -336,11 +338,11 @@ def test_nothing_is_learned_from_a_search_that_failed(monkeypatch):
     """Its tokens are masked, and the mean of its group is that of the others."""
     four = [forged(QUESTIONS[n // 4], random.Random(n)) for n in range(8)]
     failed = [dataclasses.replace(t, stop_reason="search failed", finished=False) for t in four]
-    monkeypatch.setattr(grpo, "_reward", lambda t, profile: float(four.index(t) if t in four else 100))
+    monkeypatch.setattr(trainer_module, "_reward", lambda t, profile: float(four.index(t) if t in four else 100))
     mixed = [four[0], failed[1], four[2], four[3], *failed[4:]]
-    assert grpo.group_rewards(mixed, tiny()) == [0.0, 5 / 3, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0]
+    assert trainer_module.group_rewards(mixed, tiny()) == [0.0, 5 / 3, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0]
     for masked in (True, False):
-        columns = grpo.trl_columns(mixed, masked, 7)
+        columns = trainer_module.trl_columns(mixed, masked, 7)
         assert [any(row) for row in columns["env_mask"]] == [True, False, True, True, False, False, False, False]
 
 
@@ -366,9 +368,9 @@ def test_a_step_counts_searches_that_failed_and_those_answered_from_memory(polic
             kept.append(t)
         return kept
 
-    monkeypatch.setattr(grpo, "rollout", scripted)
+    monkeypatch.setattr(trainer_module, "rollout", scripted)
     recorder = Recorder(tiny(), tmp_path)
-    roll = grpo.make_rollout_func(tiny(), policy, QUESTIONS[:2], Drops(), recorder)
+    roll = trainer_module.make_rollout_func(tiny(), policy, QUESTIONS[:2], Drops(), recorder)
     trainer = SimpleNamespace(
         state=SimpleNamespace(global_step=0),
         model=policy.model,
@@ -384,10 +386,12 @@ def test_noise_in_training_follows_its_curriculum(policy, tmp_path, monkeypatch,
     """What the rollout searches at a step is `Noisy`, of that step's share; without noise there is none."""
     used = []
     batch = [forged(question, random.Random(1)) for question in QUESTIONS[:2] for _ in range(4)]
-    monkeypatch.setattr(grpo, "rollout", lambda p, q, retriever, *_, **__: used.append(retriever) or batch)
-    monkeypatch.setattr(grpo, "load_corpus", lambda source: retriever.passages)
+    monkeypatch.setattr(trainer_module, "rollout", lambda p, q, retriever, *_, **__: used.append(retriever) or batch)
+    monkeypatch.setattr(trainer_module, "load_corpus", lambda source: retriever.passages)
     for noise in ({}, {"noise_start": 0.1, "noise_end": 0.7, "steps": 100}):
-        roll = grpo.make_rollout_func(tiny(**noise), policy, QUESTIONS[:2], retriever, Recorder(tiny(), tmp_path))
+        roll = trainer_module.make_rollout_func(
+            tiny(**noise), policy, QUESTIONS[:2], retriever, Recorder(tiny(), tmp_path)
+        )
         for step in (0, 50):
             accelerator = SimpleNamespace(autocast=nullcontext, is_main_process=True)
             state = SimpleNamespace(global_step=step)
@@ -403,24 +407,26 @@ def test_the_profile_says_what_is_rewarded():
         "<search>q</search>", "search", "q", (), f"\n\n<information><answer>{answer}</answer></information>\n\n"
     )
     t = dataclasses.replace(forged(QUESTIONS[0], random.Random(0)), turns=(found,))
-    assert grpo._reward(t, tiny()) == 0.0
-    assert grpo._reward(t, tiny(reward_reads_prompt=True)) == 1.0
+    assert trainer_module._reward(t, tiny()) == 0.0
+    assert trainer_module._reward(t, tiny(reward_reads_prompt=True)) == 1.0
     assert (
-        grpo._reward(dataclasses.replace(t, turns=(Turn("<answer>x</answer>", "answer"),)), tiny(reward="format"))
+        trainer_module._reward(
+            dataclasses.replace(t, turns=(Turn("<answer>x</answer>", "answer"),)), tiny(reward="format")
+        )
         == 0.1
     )
 
 
 def test_question_order():
     profile = tiny(steps=5)
-    order = [question.id for question in grpo.question_order(QUESTIONS, profile)]
-    assert len(order) == 10 and order == [question.id for question in grpo.question_order(QUESTIONS, profile)]
+    order = [question.id for question in trainer_module.question_order(QUESTIONS, profile)]
+    assert len(order) == 10 and order == [question.id for question in trainer_module.question_order(QUESTIONS, profile)]
     assert sorted(order[:4]) == sorted(order[4:8]) == ["0", "1", "2", "3"]
-    assert order != [question.id for question in grpo.question_order(QUESTIONS, tiny(steps=5, seed=1))]
+    assert order != [question.id for question in trainer_module.question_order(QUESTIONS, tiny(steps=5, seed=1))]
     with pytest.raises(ValueError, match="there are only 1"):
-        grpo.question_order(QUESTIONS[:1], profile)
+        trainer_module.question_order(QUESTIONS[:1], profile)
     with pytest.raises(ValueError, match="share an id"):
-        grpo.question_order(QUESTIONS + QUESTIONS, profile)
+        trainer_module.question_order(QUESTIONS + QUESTIONS, profile)
 
 
 def test_rollout_metrics_by_hand():
@@ -482,7 +488,7 @@ def test_the_real_profile_runs_on_a_shrunken_model(policy, tmp_path):
         eval_questions=2,
         **{key: str(path) for key, path in files.items()},
     )
-    folder = grpo.train(profile, tmp_path / "run", progress=lambda line: None)
+    folder = trainer_module.train(profile, tmp_path / "run", progress=lambda line: None)
     assert {path.name for path in folder.iterdir()} >= {
         "config.yaml",
         "environment.json",
@@ -520,25 +526,25 @@ def test_the_real_profile_runs_on_a_shrunken_model(policy, tmp_path):
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_the_model_loads(settings, says, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "load_policy", lambda profile: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(trainer_module, "load_policy", lambda profile: pytest.fail("the model was loaded"))
     with pytest.raises(ConfigError, match=says):
-        grpo.train(load_profile("tiny", **settings), tmp_path / "run")
+        trainer_module.train(load_profile("tiny", **settings), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_profile_that_the_card_cannot_hold_is_refused_before_the_model_loads(tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "load_policy", lambda profile: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(trainer_module, "load_policy", lambda profile: pytest.fail("the model was loaded"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (1_500_000_000, 2**33))
     with pytest.raises(ConfigError, match=r"needs 2\.5 GB .* 1\.5 GB are free; the largest part is .* rollout_rows="):
-        grpo.train(load_profile("tiny", device="auto", rollout_rows=480), tmp_path / "run")
+        trainer_module.train(load_profile("tiny", device="auto", rollout_rows=480), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("target", ["all-linear", ["q_proj", "mlp.up_proj"], r".*\.(q|v)_proj"])
 def test_the_layers_that_peft_would_find_are_found(target):
     profile = load_profile("tiny", lora_target=target)
-    grpo.check_settings(profile)
+    trainer_module.check_settings(profile)
     get_peft_model(
         load_policy(profile.model_copy(update={"quantization": "none"})).model, LoraConfig(target_modules=target)
     )
