@@ -300,6 +300,72 @@ def test_every_kind_of_reward(kind, reward, reads_prompt):
     assert trajectory_reward(trajectory(search, answer), kind, reads_prompt) == pytest.approx(reward)
 
 
+FOUND = Turn("<think>a</think><search>q</search>", "search", "q", (), "\n\n<information>Oslo is</information>\n\n")
+
+
+def answered(text: str, think: str = "b") -> Turn:
+    return Turn(f"<think>{think}</think><answer>{text}</answer>", "answer")
+
+
+@pytest.mark.parametrize(
+    ("turns", "reward"),
+    [
+        ((FOUND, answered("Oslo")), 1.0),
+        ((FOUND, answered("Oslo Norway")), 2 / 3),  # F1 where there is any
+        ((answered("Lund"),), 0.1),  # wrong, in right format
+        ((answered(""),), 0.0),  # no answer
+        ((Turn("<answer>Oslo</answer>", "answer"),), 0.0),  # right, in bad format
+        ((FOUND, Turn("<think>b</think>", "invalid")), 0.0),
+    ],
+)
+def test_research_pays_nothing_out_of_format(turns, reward):
+    assert trajectory_reward(trajectory(*turns), "research") == pytest.approx(reward)
+
+
+@pytest.mark.parametrize(
+    ("turns", "first", "second"),
+    [
+        ((FOUND, answered("Lund")), 1.0, 0.0),  # the first stage does not ask whether it is right
+        ((FOUND, answered("Oslo Norway")), 1.0, 2 / 3),
+        ((answered("Oslo")), 0.5, 1.0),  # format alone
+        ((FOUND, Turn("<answer>Oslo</answer>", "answer")), 0.5, -1.0),  # search alone; then F1 1 less 2
+        ((Turn("<answer>Lund</answer>", "answer")), 0.0, -2.0),
+        ((Turn("<think>a</think><search></search>", "invalid")), 0.0, -2.0),  # no search that was executed
+    ],
+)
+def test_r1_searcher_pays_for_searching_first_and_for_answers_then(turns, first, second):
+    one = trajectory(*(turns if isinstance(turns, tuple) else (turns,)))
+    for progress in (0.0, 0.33):
+        assert trajectory_reward(one, "r1_searcher", progress=progress) == pytest.approx(first)
+    for progress in (0.34, 1.0):
+        assert trajectory_reward(one, "r1_searcher", progress=progress) == pytest.approx(second)
+
+
+@pytest.mark.parametrize(
+    ("turns", "reward"),
+    [
+        ((FOUND, answered("Oslo Norway")), 2 / 3),
+        ((FOUND, answered("Lund", think="It is OSLO.")), 0.1),
+        ((FOUND, answered("Lund", think="It is Bergen.")), 0.0),  # the passage alone, which says Oslo, earns nothing
+        ((answered("Lund", think="Oslo"),), 0.0),  # nothing was retrieved that could be refined
+        ((Turn("<think>Oslo</think><search>q</search>", "search", "q", (), FOUND.observation), answered("Lund")), 0.0),
+        ((FOUND, Turn("<refine>Oslo</refine><answer>Lund</answer>", "answer")), 0.1),
+        ((FOUND, Turn("<think>Oslo</think><refine>x</refine><answer>Lund</answer>", "answer")), 0.0),  # refine counts
+        ((FOUND, FOUND, Turn("<think>Oslo", "invalid")), 0.0),  # a thought that never ended
+    ],
+)
+def test_autorefine_pays_for_what_was_refined(turns, reward):
+    assert trajectory_reward(trajectory(*turns), "autorefine") == pytest.approx(reward)
+
+
+@pytest.mark.parametrize("kind", ["research", "r1_searcher", "autorefine"])
+def test_passages_earn_nothing_from_the_other_rewards_either(kind):
+    """A passage with an answer, a thought and a refine step in it, and a model that says nothing."""
+    text = "\n\n<information><think>Oslo</think><refine>Oslo</refine><answer>Oslo</answer></information>\n\n"
+    told = Turn("<think>a</think><search>q</search>", "search", "q", (), text)
+    assert trajectory_reward(trajectory(told, Turn("", "invalid")), kind) <= 0
+
+
 GOLDEN = st.lists(st.sampled_from(["Oslo", "the Oslo", "x", "Oslo x"]), min_size=1, max_size=3)
 
 

@@ -1,8 +1,10 @@
-"""What a response earns: exact match of its last answer, F1, substring match, and Search-R1's format-aware rewards.
+"""What a response earns: exact match of its last answer, F1, substring match, Search-R1's format-aware rewards, and
+those of ReSearch, R1-Searcher and AutoRefine.
 
 Rewards read the response only. The original scores prompt and response together and therefore needs two `<answer>`
 spans, the first being the prompt's example (Search-R1 verl/utils/reward_score/qa_em.py, extract_solution);
-`read_with_prompt` makes of the two what the original reads. No learned rewards.
+`read_with_prompt` makes of the two what the original reads. What the three others pay is theirs; tags, prompt and what
+counts as right format stay Search-R1's, so that rewards alone differ between runs. No learned rewards.
 """
 
 import re
@@ -14,6 +16,9 @@ from searchr1_lite.rollout.protocol import render_prompt
 from searchr1_lite.rollout.trajectory import Trajectory
 
 RETRIEVAL = 0.1  # what retrieving the answer adds (the 0.3 in the remarks of Search-R1 qa_em_format.py)
+CONSOLATION = 0.1  # for a wrong answer: in right format (ReSearch), or that stood in the refine step (AutoRefine)
+FIRST_STAGE = 1 / 3  # R1-Searcher's first stage, as a share of training (there 350 of 8,498 questions)
+FORMAT_PENALTY = 2.0  # R1-Searcher's second stage (arXiv 2503.05592 and its code for Qwen; for Llama the code takes 1)
 ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 TAG = re.compile(r"(</?(?:think|search|information|answer)>)")
 
@@ -132,26 +137,69 @@ def answer_was_retrieved(response: str, golden_answers: str | Sequence[str]) -> 
 
     One that normalises to nothing ("---") stands nowhere; in the original it stands everywhere.
     """
+    blocks = re.findall(r"<information>(.*?)</information>", response, re.DOTALL)
+    return _stands_in(blocks, golden_answers)
+
+
+def _stands_in(texts: Sequence[str], golden_answers: str | Sequence[str]) -> bool:
     golden_answers = (golden_answers,) if isinstance(golden_answers, str) else golden_answers
-    blocks = [normalize_answer(block) for block in re.findall(r"<information>(.*?)</information>", response, re.DOTALL)]
     words = filter(None, map(normalize_answer, golden_answers))
-    return any(golden in block for golden in words for block in blocks)
+    return any(golden in text for golden in words for text in map(normalize_answer, texts))
 
 
-def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = False) -> float:
+def research_reward(score: float, valid: bool, answer: str | None) -> float:
+    """ReSearch (arXiv 2503.19470): F1 or, where that is 0, 0.1; 0 in bad format or without an answer."""
+    return (score or CONSOLATION) if valid and answer else 0.0
+
+
+def r1_searcher_reward(score: float, valid: bool, searches: int, progress: float) -> float:
+    """R1-Searcher (arXiv 2503.05592): first 0.5 for a search and 0.5 for format, then F1 less 2 for bad format.
+
+    The first stage pays for no answer: it teaches to call the search engine at all.
+    """
+    if progress < FIRST_STAGE:
+        return 0.5 * (searches > 0) + 0.5 * valid
+    return score - FORMAT_PENALTY * (not valid)
+
+
+def autorefine_reward(score: float, trajectory: Trajectory) -> float:
+    """AutoRefine (arXiv 2505.11277): F1 or, where that is 0, 0.1 if a golden answer stands in the refine step."""
+    refined = _stands_in(refine_steps(trajectory), trajectory.question.golden_answers)
+    return score or (CONSOLATION if refined else 0.0)
+
+
+def refine_steps(trajectory: Trajectory) -> list[str]:
+    """What the model distils from passages: its `<refine>` texts after the first search or, without any, its thinking.
+
+    Search-R1's prompt knows no `<refine>`; a model trained with it sums passages up in the next `<think>`.
+    """
+    first = next((i for i, turn in enumerate(trajectory.turns) if turn.query is not None), len(trajectory.turns))
+    written = "".join(turn.text for turn in trajectory.turns[first + 1 :])
+    found = (re.findall(rf"<{tag}>(.*?)</{tag}>", written, re.DOTALL) for tag in ("refine", "think"))
+    return next(filter(None, found), [])
+
+
+def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = False, progress: float = 1.0) -> float:
     """The reward of one trajectory; `kind` and `reads_prompt` are the profile's `reward` and `reward_reads_prompt`.
 
     A passage may hold `<answer>` or other tags as ordinary text. Answers are therefore taken from what the model
     wrote alone, and the format is judged with the tags inside observations taken out. With `reads_prompt` everything is
-    read as it stands, prompt, passages and all, as the original does.
+    read as it stands, prompt, passages and all, as the original does. `progress`, the share of training that is done
+    (0 to 1), matters to R1-Searcher's stages only.
     """
     golden = trajectory.question.golden_answers
     prompt = render_prompt(trajectory.question.question) if reads_prompt else None
+    quoted = "".join(turn.text + _quoted(turn.observation) for turn in trajectory.turns)
+    response = trajectory.response if reads_prompt else quoted
     if kind in ("format", "retrieval"):
-        quoted = "".join(turn.text + _quoted(turn.observation) for turn in trajectory.turns)
-        response = trajectory.response if reads_prompt else quoted
         return format_reward(response, golden, retrieval=RETRIEVAL if kind == "retrieval" else 0.0, prompt=prompt)
     read = read_with_prompt(trajectory.response, prompt) if reads_prompt else trajectory.policy_text
+    if kind == "research":
+        return research_reward(f1(read, golden), has_valid_format(response), last_answer(read))
+    if kind == "r1_searcher":
+        return r1_searcher_reward(f1(read, golden), has_valid_format(response), trajectory.searches, progress)
+    if kind == "autorefine":
+        return autorefine_reward(f1(read, golden), trajectory)
     return {"exact_match": exact_match, "f1": f1, "substring_match": substring_match}[kind](read, golden)
 
 
