@@ -128,6 +128,13 @@ class Profile(BaseModel):
             raise ValueError(f"no retriever {wrong[0]!r}; there are {known}, faiss:…, index:…, online:… and http…")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _stale(cls, settings: Any) -> Any:
+        """The defect stale_updates is a setting of its own: ten updates from one batch of rollouts."""
+        known = isinstance(settings, dict) and isinstance(settings.get("defects"), list | tuple)
+        return settings | {"updates_per_rollout": 10} if known and "stale_updates" in settings["defects"] else settings
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
         rollouts = self.questions_per_step * self.group_size
@@ -146,6 +153,10 @@ class Profile(BaseModel):
             raise ValueError(
                 f"noise changes over rollouts, and {self.algorithm} makes none: noise_start = noise_end = 0"
             )
+        for defect in self.defects:
+            met, needed = self._defect_needs(defect)
+            if self.algorithm not in REINFORCED or not met:
+                raise ValueError(f"defects: {defect} needs {needed if not met else 'rollouts'}")
         least = self.max_prompt_tokens + self.max_response_tokens
         if self.max_context_tokens < least:
             raise ValueError(
@@ -153,6 +164,24 @@ class Profile(BaseModel):
                 f"max_prompt_tokens + max_response_tokens = {least}"
             )
         return self
+
+    def _defect_needs(self, defect: str) -> tuple[bool, str]:
+        """Whether there is what a defect is a defect of, and what that is."""
+        grpo, local = self.algorithm == "grpo", self.sampler == "local"
+        pairs = self.questions_per_step % 2 == 0 and "groups_of_one" not in self.defects
+        return {
+            "retokenised_text": (local, "sampler local: nobody knows what a server would have thought of the new ids"),
+            "no_stop_at_tag": (local, "sampler local"),
+            "top_p_sampling": (local, "sampler local"),
+            "mask_by_text": (local and self.masked, "masked true, and sampler local"),
+            "groups_of_one": (grpo, "algorithm grpo"),
+            "colliding_ids": (grpo and pairs, "algorithm grpo, an even questions_per_step, and no groups_of_one"),
+            "kl_sign": (self.beta > 0 and self.algorithm != "ppo", "beta above 0, and not PPO, whose KL is a reward"),
+            "unmasked_values": (self.algorithm == "ppo", "algorithm ppo: only that has values"),
+            "truncated_closing_tag": (self.strategy == "search_r1", "strategy search_r1: only that is shown passages"),
+            "ratio_over_retrieved": (local and self.masked and grpo, "algorithm grpo, masked true, and sampler local"),
+            "bf16_lora": (self.lora_r > 0, "an adapter: lora_r above 0"),
+        }.get(defect, (True, ""))
 
     @property
     def rollouts_per_step(self) -> int:

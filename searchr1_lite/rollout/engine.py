@@ -222,7 +222,8 @@ class _Loop:
                 continue
             hits = () if found is None else tuple(found.result())
             observation = INVALID_ACTION if found is None else render_observation(hits)
-            chunk = encode_observation(self.tokenizer, observation, self.profile.max_observation_tokens)
+            whole = "truncated_closing_tag" not in self.profile.defects
+            chunk = encode_observation(self.tokenizer, observation, self.profile.max_observation_tokens, whole)
             fits = row.tokens + len(chunk) + self.profile.max_response_tokens <= self.limit
             said = row.turns[-1]
             seen = decode(self.tokenizer, chunk) if fits else ""
