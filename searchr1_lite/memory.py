@@ -66,14 +66,16 @@ def model_shape(profile: Profile) -> Shape:
     head = model.get_output_embeddings()
     linear = [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
     everything = sum(p.numel() for p in model.parameters())  # a tied matrix is one parameter
-    lora = LoraConfig(r=profile.lora_r, target_modules=profile.lora_target)
-    model = inject_adapter_in_model(lora, model, low_cpu_mem_usage=True)
+    if profile.lora_r:
+        lora = LoraConfig(r=profile.lora_r, target_modules=profile.lora_target)
+        model = inject_adapter_in_model(lora, model, low_cpu_mem_usage=True)
     config = model.config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(
         linear=tuple(linear),
         other=everything - sum(linear),
-        adapter=sum(p.numel() for name, p in model.named_parameters() if "lora_" in name),
+        # without one, all weights are trained in a copy of their own
+        adapter=sum(p.numel() for name, p in model.named_parameters() if "lora_" in name or not profile.lora_r),
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         intermediate=config.intermediate_size,

@@ -19,7 +19,7 @@ def work(folder: Path, retriever, algorithm: str) -> None:
     from conftest import make_tokenizer
 
     from searchr1_lite.training import demonstrations
-from searchr1_lite.training import trainer as trainer_module
+    from searchr1_lite.training import trainer as trainer_module
 
     torch.set_num_threads(1)
     trainer_module.trajectory_reward = lambda trajectory, *kind: sum(trajectory.completion_ids) % 7 / 7

@@ -10,6 +10,7 @@ evaluation.json says alone. Rejection sampling leaves demonstrations.jsonl.gz as
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
-from searchr1_lite.config import Profile
+from searchr1_lite.config import REINFORCED, Profile
 from searchr1_lite.evaluation.metrics import by_hops, mean
 from searchr1_lite.jsonl import append_rows
 from searchr1_lite.provenance import provenance
@@ -65,6 +66,8 @@ class Recorder(TrainerCallback):
             "grad_norm": logs["grad_norm"],
             "clip_ratio": logs.get("clip_ratio/region_mean"),
             "loss": logs["loss"],
+            "ratio_max": logs.get("ratio_max"),  # of a token's probability now to when it was sampled
+            "value_loss": logs.get("value_loss"),  # PPO's
             "learning_rate": logs["learning_rate"],
             "seconds_training": seconds - self.rollouts["seconds_rollout"],
             "seconds": seconds,
@@ -85,7 +88,7 @@ class Recorder(TrainerCallback):
             return
         rate = sum(self.step_seconds) / len(self.step_seconds)
         going = f"exact match {metrics['exact_match']:.2f}  searches {metrics['searches']:.2f}"
-        if self.profile.algorithm != "grpo":
+        if self.profile.algorithm not in REINFORCED:
             going = f"loss {metrics['loss']:.3f}"
         self.progress(
             f"{self.run_folder.name}: step {step}/{steps}  {going}  {rate:.1f} s a step, "
@@ -110,6 +113,7 @@ def rollout_metrics(trajectories: Sequence[Trajectory], rewards: Sequence[float]
     searches = [trajectory.searches for trajectory in trajectories]
     metadata = [trajectory.question.metadata for trajectory in trajectories]
     hops = [described["hops"] for described in metadata if described.get("hops") is not None]
+    by_score = {score: [t for t, s in zip(trajectories, scores, strict=True) if s == score] for score in (0.0, 1.0)}
     return {
         "reward": mean(rewards),
         "exact_match": mean(scores),
@@ -121,9 +125,25 @@ def rollout_metrics(trajectories: Sequence[Trajectory], rewards: Sequence[float]
         "response_length": mean([trajectory.response_length for trajectory in trajectories]),
         "retrieved_tokens": mean([len(t.completion_ids) - t.response_length for t in trajectories]),
         "answer_rate": mean([trajectory.finished for trajectory in trajectories]),
-        "zero_variance_groups": mean([len(set(group)) == 1 for group in groups]),
+        "zero_variance_groups": mean([len(set(group)) == 1 for group in groups]) if group_size > 1 else None,
         "failed_searches": failed,
+        "repeated_ngrams": mean([repeated_ngrams(trajectory.policy_text) for trajectory in trajectories]),
+        "right_logprob": token_logprob(by_score[1.0]),
+        "wrong_logprob": token_logprob(by_score[0.0]),
     }
+
+
+def repeated_ngrams(text: str, n: int = 4) -> float:
+    """Share of the runs of `n` words in a text's thinking (all but queries and answers) that stood there before."""
+    words = re.sub(r"<(search|answer)>.*?</\1>|</?think>", " ", text, flags=re.DOTALL).split()
+    runs = list(zip(*(words[start:] for start in range(n)), strict=False))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+def token_logprob(trajectories: Sequence[Trajectory]) -> float | None:
+    """Mean log-probability of a token that the model wrote; None without any, or where none was recorded (sft)."""
+    own = [value for t in trajectories for value, wrote in zip(t.logprobs, t.loss_mask, strict=True) if wrote]
+    return mean(own) if any(own) else None
 
 
 def append_trajectories(

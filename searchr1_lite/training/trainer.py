@@ -1,12 +1,14 @@
-"""Masked GRPO through TRL: our rollouts in, adapter weights and a run folder out.
+"""Masked GRPO, and its relatives, through TRL: our rollouts in, adapter weights and a run folder out.
 
 TRL's GRPOTrainer computes advantages, KL, the clipped loss and the optimizer's steps (objective.py has the same loss
-to read); `rollout_func` is the door through which trajectories and their loss mask come in. A step is one batch of
-rollouts and the `updates_per_rollout` optimizer updates made from it. Started by `accelerate launch`, every process
-works on its share of the questions, to the same result. Leaves out: PPO, processes without a common disk, and
-merging the adapter into the 4-bit base, which corrupts it.
+to read); `rollout_func` is the door through which trajectories and their loss mask come in. PPO and REINFORCE put
+advantages of their own (algorithms.py) into the same loss. A step is one batch of rollouts and the
+`updates_per_rollout` optimizer updates made from it. Started by `accelerate launch`, every process works on its share
+of the questions, to the same result. Leaves out: processes without a common disk, and merging the adapter into the
+4-bit base, which corrupts it.
 """
 
+import copy
 import os
 import random
 import re
@@ -26,8 +28,9 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import PrinterCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
 
-from searchr1_lite.config import ConfigError, Profile, save_config
+from searchr1_lite.config import REINFORCED, ConfigError, Profile, save_config
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate, summarise
 from searchr1_lite.jsonl import write_json
 from searchr1_lite.memory import check_memory
@@ -42,14 +45,33 @@ from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.rollout.vllm import VLLMWriter
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.training import checkpoints
+from searchr1_lite.training.algorithms import (
+    VALUE_STEP,
+    ValueHead,
+    generalised_advantages,
+    likelihood_loss,
+    token_rewards,
+    value_loss,
+    whitened,
+)
 from searchr1_lite.training.correction import correct_for_sampler
 from searchr1_lite.training.demonstrations import cross_entropy, make_demonstrations
+from searchr1_lite.training.objective import k3_kl, masked_mean
 from searchr1_lite.training.recording import Recorder, append_trajectories, environment
 from searchr1_lite.training.rewards import trajectory_reward
 from searchr1_lite.types import Question, Retriever
 
 EVALUATION_SAMPLES = 24  # trajectories kept of each evaluation, of the same questions before and after
-TOKEN_MEANS = ("policy_loss", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean")
+VALUE_HEAD = "value_head.pt"  # beside the trainer's own files in a checkpoint
+TOKEN_MEANS = (
+    "policy_loss",
+    "value_loss",
+    "kl",
+    "entropy",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+    "clip_ratio/region_mean",
+)
 
 
 class MemoryFullError(RuntimeError):
@@ -125,10 +147,11 @@ def train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trained = replace(policy, model=trainer.model.eval())
         if process.is_main_process:
-            save_adapter(trainer.model, profile, run_folder / "adapter")
+            save_weights(trainer.model, policy, profile, run_folder)
         evaluate_after(run_folder, trained, eval_questions, retriever, profile, progress)
     finally:
-        trainer.model.unload()  # gives the caller's model back without the adapter
+        if profile.lora_r:
+            trainer.model.unload()  # gives the caller's model back without the adapter
     process.wait_for_everyone()
     return run_folder
 
@@ -141,6 +164,8 @@ def check_processes(profile: Profile, eval_questions: int, processes: int) -> No
     elif profile.rollouts_per_step % share:
         rollouts = f"questions_per_step x group_size = {profile.rollouts_per_step}"
         wrong = f"{rollouts} must be a multiple of updates_per_rollout x processes = {share}"
+    elif processes > 1 and profile.algorithm == "ppo":
+        wrong = "algorithm = ppo trains its value head in one process"
     elif eval_questions < processes:
         wrong = f"eval_questions: {eval_questions} held-out questions are too few for {processes} processes"
     else:
@@ -153,6 +178,8 @@ def check_settings(profile: Profile) -> None:
     if profile.strategy not in PROMPTS:
         several = f"strategy {profile.strategy!r} is several texts, and one trajectory is trained"
         raise ConfigError(f"{several}; there are {', '.join(PROMPTS)}")
+    if not profile.lora_r and profile.sampler == "vllm":
+        raise ConfigError("lora_r = 0: a vLLM server is given adapters; take sampler = local, or an adapter")
     if profile.rollout_rows < profile.group_size:
         raise ConfigError(f"rollout_rows = {profile.rollout_rows} leaves no room for a group of {profile.group_size}")
     model = load_skeleton(profile)
@@ -206,18 +233,19 @@ def build_trainer(
 ) -> "MaskedGRPOTrainer":
     """A trainer with a fresh fp32 adapter on the policy's model; `order` holds the questions of all steps.
 
+    Without an adapter (`lora_r` 0) it trains a copy of the model, and the KL's reference is another.
     So do `demonstrations`, `rollouts_per_step` a step, which are then learned from in place of rollouts.
     """
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     recorder = Recorder(profile, run_folder, progress, policy.tokenizer)
-    if profile.algorithm == "grpo":
+    if profile.algorithm in REINFORCED:
         rollout_func = make_rollout_func(profile, policy, order, retriever, recorder)
     else:
         rollout_func = hand_out(profile, policy, demonstrations, recorder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name in transformers
         trainer = MaskedGRPOTrainer(
-            model=policy.model,
+            model=policy.model if profile.lora_r else copy.deepcopy(policy.model),
             processing_class=policy.tokenizer,
             args=trl_config(profile, run_folder, policy.device),
             reward_funcs=reward_of_rollout,
@@ -230,11 +258,19 @@ def build_trainer(
                 lora_dropout=profile.lora_dropout,
                 target_modules=profile.lora_target,
                 task_type="CAUSAL_LM",
-            ),
+            )
+            if profile.lora_r
+            else None,
             callbacks=[recorder],
         )
     trainer.settings = profile
-    if profile.sampler == "vllm" and profile.algorithm == "grpo":
+    if not profile.lora_r and profile.beta and profile.algorithm in REINFORCED:
+        trainer.beta, trainer.ref_model = profile.beta, copy.deepcopy(policy.model).eval().requires_grad_(False)
+        add_fused_lm_head(trainer.ref_model, temperature=trainer.temperature)
+    if profile.algorithm == "ppo":
+        hidden = policy.model.config.get_text_config().hidden_size
+        trainer.value_head = ValueHead(hidden).to(policy.device)
+    if profile.sampler == "vllm" and profile.algorithm in REINFORCED:
         correct_for_sampler(trainer)
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
@@ -252,17 +288,18 @@ def trl_config(profile: Profile, run_folder: Path, device: torch.device) -> GRPO
         per_device_train_batch_size=profile.rollouts_per_step // updates // PartialState().num_processes,
         gradient_accumulation_steps=1,
         steps_per_generation=updates,
-        num_generations=profile.group_size,
+        num_generations=max(profile.group_size, 2),
         num_iterations=1,
         max_steps=profile.steps * updates,
         shuffle_dataset=False,  # `question_order` has done it
-        temperature=profile.temperature if profile.algorithm == "grpo" else 1.0,
+        temperature=profile.temperature if profile.algorithm in REINFORCED else 1.0,
         max_completion_length=profile.max_context_tokens,
         loss_type="bnpo",  # token mean, verl's masked_mean; here over all tokens of the update
         scale_rewards="group",
         importance_sampling_level="token",
         epsilon=profile.epsilon,
-        beta=profile.beta if profile.algorithm == "grpo" else 0.0,
+        # TRL would load a reference for full fine-tuning from disk; `build_trainer` gives it a copy
+        beta=profile.beta if profile.algorithm in REINFORCED and profile.lora_r else 0.0,
         use_bias_correction_kl=False,
         entropy_coef=profile.entropy_coef,
         mask_truncated_completions=False,
@@ -286,13 +323,18 @@ def trl_config(profile: Profile, run_folder: Path, device: torch.device) -> GRPO
         ddp_broadcast_buffers=False,  # and what is not trained is equal everywhere
     )
     config._n_gpu = min(config.n_gpu, 1)  # several GPUs are several processes, never torch's DataParallel
+    config.num_generations = profile.group_size  # TRL refuses 1, which its own advantages cannot use; others can
     return config
 
 
 class MaskedGRPOTrainer(GRPOTrainer):
     """TRL's trainer with memory bounded in tokens, without padding that nobody needs and without model cards."""
 
-    settings: Profile  # given by build_trainer
+    settings: Profile  # given by build_trainer, as is the value head of PPO
+    value_head: ValueHead | None = None
+    hidden: torch.Tensor  # the policy's last hidden states in the latest forward, (rows, columns, hidden)
+    scored: list[tuple[torch.Tensor, torch.Tensor | None]]  # log-probabilities and values of the latest forwards
+    rewards: torch.Tensor  # of the latest rollouts of all processes, (rollouts, 1)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """One optimizer update's gradient, part by part; returns its loss, a scalar whose mean over processes counts.
@@ -336,14 +378,107 @@ class MaskedGRPOTrainer(GRPOTrainer):
         noted = self._metrics["train"]
         for name in ("clip_ratio/low_min", "clip_ratio/high_max"):  # no means; of no use
             noted.pop(name, None)
+        if ratios := noted.get("ratio_max"):
+            ratios[-len(tokens) :] = [max(ratios[-len(tokens) :])]
+        if ratios := noted.get("ratio_max"):
+            ratios[-len(tokens) :] = [max(ratios[-len(tokens) :])]
         for name in TOKEN_MEANS:
             if values := noted.get(name):
                 own = tokens @ torch.tensor(values[-len(tokens) :], device=tokens.device)
                 values[-len(tokens) :] = [(self.accelerator.reduce(own, reduction="sum") / total).item()]
 
     def _compute_loss(self, model, inputs) -> torch.Tensor:
-        demonstrated = self.settings.algorithm != "grpo"
-        return cross_entropy(self, model, inputs) if demonstrated else super()._compute_loss(model, inputs)
+        if self.settings.algorithm not in REINFORCED:
+            return cross_entropy(self, model, inputs)
+        beta, self.scored = self.beta, []
+        if self.settings.algorithm == "ppo":
+            self.beta = 0.0  # its KL is in the reward
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+        logprobs, values = self.scored[-1]
+        mask = inputs["completion_mask"] * inputs["tool_mask"]
+        old = logprobs.detach() if inputs.get("old_per_token_logps") is None else inputs["old_per_token_logps"]
+        with torch.no_grad():
+            self._metrics["train"]["ratio_max"].append((((logprobs - old) * mask).exp() * mask).max().item())
+        if self.settings.algorithm == "ppo":
+            valued = inputs["completion_mask"] if "unmasked_values" in self.settings.defects else mask
+            error = value_loss(values, inputs["old_values"], inputs["returns"], valued)
+            self._metrics["train"]["value_loss"].append(error.item())
+            self._metrics["train"]["kl"].append(
+                masked_mean(k3_kl(logprobs.detach(), inputs["ref_per_token_logps"]), mask).item() if beta else 0.0
+            )
+            loss = loss + error
+        if self.settings.llds_coef:
+            loss = loss + self.settings.llds_coef * likelihood_loss(logprobs, old, inputs["advantages"], mask)
+        return loss
+
+    def _calculate_rewards(self, *arguments) -> torch.Tensor:
+        self.rewards = super()._calculate_rewards(*arguments)
+        return self.rewards
+
+    def _generate_and_score_completions(self, inputs) -> dict[str, Any]:
+        """TRL's batch of rollouts; its advantages replaced where the algorithm is not GRPO."""
+        self.scored = []
+        batch, settings = super()._generate_and_score_completions(inputs), self.settings
+        own = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+        rewards = self.rewards[:, 0]  # of all processes
+        if settings.algorithm == "reinforce":
+            batch["advantages"] = rewards[own]
+        elif settings.algorithm == "reinforce_baseline":
+            batch["advantages"] = (rewards - rewards.mean())[own]
+        elif settings.algorithm == "ppo":
+            mask = batch["completion_mask"] * batch["tool_mask"]
+            if batch.get("old_per_token_logps") is None:  # TRL needs them from two updates on only
+                whole = [torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], dim=1) for x in ("ids", "mask")]
+                self.scored = []
+                with torch.no_grad():
+                    self._get_per_token_logps_and_entropies(self.model, *whole, mask.size(1))
+            old, values = self.scored[0]  # the policy's come before the reference's
+            reference = batch["ref_per_token_logps"] if self.beta else old
+            valued = batch["completion_mask"] if "unmasked_values" in settings.defects else mask
+            earned = token_rewards(rewards[own], mask, old, reference, self.beta)
+            advantages, returns = generalised_advantages(earned, values, valued, settings.gamma, settings.gae_lambda)
+            batch |= {"advantages": whitened(advantages, valued), "returns": returns, "old_values": values}
+        self.scored = []
+        return batch
+
+    def create_optimizer(self, *arguments):
+        optimizer = super().create_optimizer(*arguments)
+        if self.value_head is not None and len(optimizer.param_groups) < 3:  # TRL's: with weight decay and without
+            rate = VALUE_STEP / self.value_head.linear.in_features
+            optimizer.add_param_group({"params": list(self.value_head.parameters()), "lr": rate, "weight_decay": 0.0})
+        return optimizer
+
+    def _save_checkpoint(self, *arguments) -> None:
+        super()._save_checkpoint(*arguments)
+        if self.value_head is not None:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            torch.save(self.value_head.state_dict(), folder / VALUE_HEAD)
+
+    def _load_from_checkpoint(self, checkpoint: str, *arguments) -> None:
+        super()._load_from_checkpoint(checkpoint, *arguments)
+        if self.value_head is not None:
+            self.value_head.load_state_dict(torch.load(Path(checkpoint) / VALUE_HEAD, weights_only=True))
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """While this lasts, `hidden` is what the model's body gives to its output layer."""
+        if self.value_head is None:
+            yield
+            return
+        model = self.accelerator.unwrap_model(self.model)
+        body = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
+        handle = body.register_forward_hook(lambda *call: setattr(self, "hidden", call[-1][0]))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _values(self, tokens: int) -> torch.Tensor | None:
+        """Values of the latest forward before each of its last `tokens` tokens, (rows, tokens); only PPO has some."""
+        return None if self.value_head is None else self.value_head(self.hidden[:, -tokens - 1 : -1])
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options
@@ -361,16 +496,20 @@ class MaskedGRPOTrainer(GRPOTrainer):
             used = attention_mask[rows].any(dim=0).nonzero()
             first, last = int(used[0]), int(used[-1]) + 1
             unused = input_ids.size(1) - last
-            logps, entropies, _ = super()._get_per_token_logps_and_entropies(
-                model,
-                input_ids[rows, first:last],
-                attention_mask[rows, first:last],
-                logits_to_keep - unused,
-                **options,
-            )
-            scored.append([None if x is None else torch.nn.functional.pad(x, (0, unused)) for x in (logps, entropies)])
+            with self._watched():
+                logps, entropies, _ = super()._get_per_token_logps_and_entropies(
+                    model,
+                    input_ids[rows, first:last],
+                    attention_mask[rows, first:last],
+                    logits_to_keep - unused,
+                    **options,
+                )
+            values = self._values(logps.size(1))
+            found = (logps, entropies, values)
+            scored.append([None if x is None else torch.nn.functional.pad(x, (0, unused)) for x in found])
         back = torch.cat(parts).argsort()
-        logps, entropies = (None if x[0] is None else torch.cat(x)[back] for x in zip(*scored, strict=True))
+        logps, entropies, values = (None if x[0] is None else torch.cat(x)[back] for x in zip(*scored, strict=True))
+        self.scored.append((logps, values))
         return logps, entropies, None
 
     def create_model_card(self, *arguments, **options) -> None:
@@ -463,19 +602,19 @@ def _recorded(
 ) -> dict[str, list]:
     """This process's trajectories of a step as TRL takes them; those of all processes are put on record."""
     set_seed(profile.seed * 1_000_003 + step)  # what follows (order of rows, dropout) depends on the step alone as well
-    rewards = group_rewards(trajectories, profile)
+    rewards = group_rewards(trajectories, profile, step / profile.steps)
     everyone = gather_object(trajectories), gather_object(rewards)  # in the order of one process
     if PartialState().is_main_process:
         recorder.record(step + 1, *everyone, time.perf_counter() - start)
     return trl_columns(trajectories, profile.masked, policy.tokenizer.eos_token_id) | {"reward": rewards}
 
 
-def group_rewards(trajectories: Sequence[Trajectory], profile: Profile) -> list[float]:
-    """Each trajectory's reward; one whose search failed gets the mean of its group's others.
+def group_rewards(trajectories: Sequence[Trajectory], profile: Profile, progress: float = 1.0) -> list[float]:
+    """Each trajectory's reward at a time of training (0 to 1); one whose search failed gets the mean of its group's others.
 
     So the group's mean is as if the failed one were not there; and no token of it is learned from (`trl_columns`).
     """
-    rewards = [_reward(trajectory, profile) for trajectory in trajectories]
+    rewards = [_reward(trajectory, profile, progress) for trajectory in trajectories]
     for start in range(0, len(rewards), profile.group_size):
         group = range(start, start + profile.group_size)
         known = [rewards[n] for n in group if not trajectories[n].search_failed]
@@ -485,8 +624,8 @@ def group_rewards(trajectories: Sequence[Trajectory], profile: Profile) -> list[
     return rewards
 
 
-def _reward(trajectory: Trajectory, profile: Profile) -> float:
-    return trajectory_reward(trajectory, profile.reward, profile.reward_reads_prompt)
+def _reward(trajectory: Trajectory, profile: Profile, progress: float = 1.0) -> float:
+    return trajectory_reward(trajectory, profile.reward, profile.reward_reads_prompt, progress)
 
 
 def trl_columns(trajectories: Sequence[Trajectory], masked: bool, eos: int) -> dict[str, list[list]]:
@@ -581,8 +720,16 @@ def _share(questions: list[Question]) -> list[Question]:
     return questions[PartialState().process_index :: PartialState().num_processes]
 
 
-def save_adapter(model: Any, profile: Profile, folder: Path) -> None:
-    """The adapter alone, naming its base as the profile does, not where it lay on this machine."""
+def save_weights(model: Any, policy: Policy, profile: Profile, run_folder: Path) -> None:
+    """adapter/: the adapter alone, naming its base as the profile does, not where it lay on this machine.
+
+    After full fine-tuning model/ instead: weights and tokenizer, to be used as the setting `model`.
+    """
+    if not profile.lora_r:
+        model.save_pretrained(run_folder / "model")
+        policy.tokenizer.save_pretrained(run_folder / "model")
+        return
+    folder = run_folder / "adapter"
     for config in model.peft_config.values():
         config.base_model_name_or_path = profile.model
     model.save_pretrained(folder, save_embedding_layers=False)
