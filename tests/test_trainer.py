@@ -451,6 +451,9 @@ def test_rollout_metrics_by_hand():
         "answer_rate": 0.75,
         "zero_variance_groups": 0.5,
         "failed_searches": 0,
+        "repeated_ngrams": 0.0,
+        "right_logprob": None,  # all are 0.0: none was recorded
+        "wrong_logprob": None,
     }
     failed = dataclasses.replace(one(second, 4, right), stop_reason="search failed", finished=False)
     without = rollout_metrics([*batch[:3], failed], [1.0, 0.0, 0.0, 0.5], 2)
