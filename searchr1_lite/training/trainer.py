@@ -44,7 +44,7 @@ from searchr1_lite.rollout.protocol import PROMPTS
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.rollout.vllm import VLLMWriter
 from searchr1_lite.tasks.questions import load_questions
-from searchr1_lite.training import checkpoints
+from searchr1_lite.training import checkpoints, defects
 from searchr1_lite.training.algorithms import (
     VALUE_STEP,
     ValueHead,
@@ -275,7 +275,9 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:  # TRL casts them to bfloat16 on a 4-bit base, where small updates are lost
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.bfloat16 if "bf16_lora" in profile.defects else torch.float32)
+    if "kl_sign" in profile.defects:
+        trainer.beta = -trainer.beta
     return trainer
 
 
@@ -400,6 +402,9 @@ class MaskedGRPOTrainer(GRPOTrainer):
         logprobs, values = self.scored[-1]
         mask = inputs["completion_mask"] * inputs["tool_mask"]
         old = logprobs.detach() if inputs.get("old_per_token_logps") is None else inputs["old_per_token_logps"]
+        if "ratio_over_retrieved" in self.settings.defects:
+            whole = inputs["completion_mask"]
+            loss = loss + defects.leak(logprobs, old, inputs["advantages"], mask, whole, self.settings.epsilon)
         with torch.no_grad():
             self._metrics["train"]["ratio_max"].append((((logprobs - old) * mask).exp() * mask).max().item())
         if self.settings.algorithm == "ppo":
@@ -424,7 +429,9 @@ class MaskedGRPOTrainer(GRPOTrainer):
         batch, settings = super()._generate_and_score_completions(inputs), self.settings
         own = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
         rewards = self.rewards[:, 0]  # of all processes
-        if settings.algorithm == "reinforce":
+        if {"groups_of_one", "colliding_ids"} & set(settings.defects):
+            batch["advantages"] = defects.regrouped_advantages(rewards, settings)[own]
+        elif settings.algorithm == "reinforce":
             batch["advantages"] = rewards[own]
         elif settings.algorithm == "reinforce_baseline":
             batch["advantages"] = (rewards - rewards.mean())[own]
@@ -566,14 +573,15 @@ def make_rollout_func(
             searched = Noisy(cached, noise, share, seed)
         memory = memory_for("rollout", profile, "rollout_rows", "max_context_tokens")
         with memory, torch.no_grad(), trainer.accelerator.autocast():
+            current = replace(policy, model=trainer.model)
             trajectories = rollout(
-                replace(policy, model=trainer.model),
+                current,
                 asked,
                 searched,
                 profile,
                 group_size=profile.group_size,
                 seed=seed,
-                writer=server,
+                writer=server or defects.faulty_writer(current, profile, len(prompts)),
             )
         columns = _recorded(trajectories, step, start, profile, policy, recorder)
         if trainer.accelerator.is_main_process:
@@ -606,7 +614,8 @@ def _recorded(
     everyone = gather_object(trajectories), gather_object(rewards)  # in the order of one process
     if PartialState().is_main_process:
         recorder.record(step + 1, *everyone, time.perf_counter() - start)
-    return trl_columns(trajectories, profile.masked, policy.tokenizer.eos_token_id) | {"reward": rewards}
+    learned = [defects.as_learned(trajectory, policy.tokenizer, profile) for trajectory in trajectories]
+    return trl_columns(learned, profile.masked, policy.tokenizer.eos_token_id) | {"reward": rewards}
 
 
 def group_rewards(trajectories: Sequence[Trajectory], profile: Profile, progress: float = 1.0) -> list[float]:
