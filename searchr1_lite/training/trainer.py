@@ -56,6 +56,7 @@ from searchr1_lite.training.algorithms import (
 )
 from searchr1_lite.training.correction import correct_for_sampler
 from searchr1_lite.training.demonstrations import cross_entropy, make_demonstrations
+from searchr1_lite.training.early_stop import EarlyStop, restore_best
 from searchr1_lite.training.objective import k3_kl, masked_mean
 from searchr1_lite.training.recording import Recorder, append_trajectories, environment
 from searchr1_lite.training.rewards import trajectory_reward
@@ -145,6 +146,8 @@ def train(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if profile.stop_early:
+            restore_best(trainer.model, run_folder)
         trained = replace(policy, model=trainer.model.eval())
         if process.is_main_process:
             save_weights(trainer.model, policy, profile, run_folder)
@@ -261,7 +264,7 @@ def build_trainer(
             )
             if profile.lora_r
             else None,
-            callbacks=[recorder],
+            callbacks=[recorder, *([EarlyStop(profile, run_folder, progress)] if profile.stop_early else [])],
         )
     trainer.settings = profile
     if not profile.lora_r and profile.beta and profile.algorithm in REINFORCED:
