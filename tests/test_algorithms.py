@@ -1,11 +1,15 @@
-"""PPO, REINFORCE and LLDS against hand-computed values, an independent reference, and training that learns."""
+"""PPO, REINFORCE and LLDS against hand-computed values and independent references."""
+# ruff: noqa: F811 (a fixture of another file is imported, and asked for by its name)
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_trainer import QUESTIONS, an_update, forge, gradient, move, tiny  # noqa: F401
 
+from searchr1_lite.config import ConfigError, load_profile
+from searchr1_lite.training import trainer as trainer_module
 from searchr1_lite.training.algorithms import (
     VALUE_CLIP,
     ValueHead,
@@ -15,6 +19,7 @@ from searchr1_lite.training.algorithms import (
     value_loss,
     whitened,
 )
+from searchr1_lite.training.objective import token_entropies, token_logprobs
 
 close = torch.testing.assert_close
 
@@ -115,3 +120,145 @@ def test_llds_by_hand():
     loss.backward()
     close(now.grad, torch.tensor([[-1 / 7, 0.0, 0.0, 0.0, 0.0], [0.0] * 5]))
     assert likelihood_loss(old, old, torch.tensor([1.0, -1.0]), mask) == 0  # at the first update
+
+
+def seen_by(trainer, trajectory, profile):
+    """Log-probabilities of the own tokens by policy and base, and their values, one full forward at a time."""
+    whole = torch.tensor([[*trajectory.prompt_ids, *trajectory.completion_ids]])
+    before = slice(len(trajectory.prompt_ids) - 1, -1)
+    own = torch.tensor(trajectory.loss_mask).bool()
+    ids = torch.tensor(trajectory.completion_ids)
+    out = trainer.model(whole, output_hidden_states=True)
+    with torch.no_grad(), trainer.model.disable_adapter():
+        base = trainer.model(whole).logits[0, before] / profile.temperature
+    logits = out.logits[0, before] / profile.temperature
+    values = trainer.value_head(out.hidden_states[-1][0, before])
+    return logits, token_logprobs(logits, ids)[own], token_logprobs(base, ids)[own], values, own
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("defects", [[], ["unmasked_values"]])
+def test_ppo_in_the_trainer_is_the_one_by_hand(policy, tmp_path, forge, updates, defects):
+    options = {"algorithm": "ppo", "updates_per_rollout": updates, "beta": 0.05, "entropy_coef": 0.01}
+    profile = tiny(**options, gamma=0.9, gae_lambda=0.8, temperature=0.8, defects=defects)
+    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    move(trainer, 0)
+    torch.manual_seed(0)
+    torch.nn.init.normal_(trainer.value_head.linear.weight, std=0.1)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+
+    expected = {}  # of each trajectory: advantages, returns and old values at the tokens that have a value
+    for one in forge:
+        _, own_now, own_base, values, own = seen_by(trainer, one, profile)
+        rewards = np.zeros(len(own))
+        rewards[own.numpy()] = -0.05 * (own_now - own_base).detach().numpy()
+        rewards[np.flatnonzero(own)[-1]] += float("<answer>a" in one.policy_text)
+        counted = np.ones(len(own), bool) if defects else own.numpy()
+        values = values.detach().numpy()[counted]
+        if defects:  # the end token, which nobody wrote, has a value as well
+            ids = torch.tensor([[*one.prompt_ids, *one.completion_ids]])
+            hidden = trainer.model(ids, output_hidden_states=True).hidden_states[-1][0, -1:]
+            values, rewards = np.append(values, trainer.value_head(hidden).detach().numpy()), np.append(rewards, 0.0)
+            counted = np.append(counted, True)
+        gained = np.array(reference_gae(rewards[counted], values, 0.9, 0.8))
+        expected[one.completion_ids] = counted, gained, gained + values, values
+    everything = np.concatenate([gained for _, gained, *_ in expected.values()])
+    rows = [
+        tuple(ids[: int(n) - 1])
+        for ids, n in zip(inputs["completion_ids"].tolist(), inputs["completion_mask"].sum(1), strict=True)
+    ]
+    assert len(rows) == 8 // updates
+    for row, ids in enumerate(rows):
+        counted, gained, returns, values = expected[ids]
+        places = np.flatnonzero(counted)
+        white = (gained - everything.mean()) / everything.std(ddof=1)
+        np.testing.assert_allclose(inputs["advantages"][row, places], white, atol=1e-4)
+        np.testing.assert_allclose(inputs["returns"][row, places], returns, atol=1e-5)
+        np.testing.assert_allclose(inputs["old_values"][row, places], values, atol=1e-5)
+
+    move(trainer, 1)  # as an update would
+    torch.nn.init.normal_(trainer.value_head.linear.weight, std=0.1)
+    loss = trainer.compute_loss(trainer.model, inputs)
+    policy_terms, entropies, errors = [], [], []
+    for row, one in enumerate(next(t for t in forge if t.completion_ids == ids) for ids in rows):
+        logits, now, _, values, own = seen_by(trainer, one, profile)
+        counted, _, returns, old_values = expected[one.completion_ids]
+        size = len(own)
+        old = inputs["old_per_token_logps"][row, :size][own] if updates == 2 else now.detach()
+        ratio, gain = (now - old).exp(), inputs["advantages"][row, :size][own]
+        policy_terms.append(-torch.min(ratio * gain, ratio.clamp(0.8, 1.2) * gain))
+        entropies.append(token_entropies(logits)[own])
+        if defects:
+            whole = torch.tensor([[*one.prompt_ids, *one.completion_ids]])
+            hidden = trainer.model(whole, output_hidden_states=True).hidden_states[-1][0, -1:]
+            values = torch.cat([values, trainer.value_head(hidden)])
+        moved, old_values = values[torch.tensor(counted)], torch.tensor(old_values)
+        near = old_values + (moved - old_values).clamp(-0.5, 0.5)
+        errors.append(torch.max((moved - torch.tensor(returns)) ** 2, (near - torch.tensor(returns)) ** 2))
+    by_hand = torch.cat(policy_terms).mean() - 0.01 * torch.cat(entropies).mean() + torch.cat(errors).mean() / 2
+    close(loss, by_hand.float(), atol=2e-5, rtol=1e-4)
+    close(gradient(loss, trainer), gradient(by_hand, trainer), atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("algorithm", "less"), [("reinforce", 0.0), ("reinforce_baseline", "mean")])
+def test_reinforce_learns_from_the_reward_itself(policy, tmp_path, forge, algorithm, less):
+    profile = tiny(algorithm=algorithm, group_size=1, questions_per_step=4)
+    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS, None)
+    trainer.model.train()
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    rewards = {one.completion_ids: float("<answer>a" in one.policy_text) for one in forge}
+    assert len({one.question.id for one in forge}) == len(forge) == 4  # each question once
+    mean = sum(rewards.values()) / 4
+    assert 0 < mean < 1
+    for ids, length, advantage in zip(
+        inputs["completion_ids"].tolist(), inputs["completion_mask"].sum(1), inputs["advantages"], strict=True
+    ):
+        assert advantage.item() == pytest.approx(rewards[tuple(ids[: int(length) - 1])] - (mean if less else 0))
+
+
+def test_llds_is_added_to_the_loss(policy, tmp_path, forge):
+    profile = tiny(updates_per_rollout=2, llds_coef=0.5)
+    trainer, inputs = an_update(policy, tmp_path, profile)
+    first = trainer.compute_loss(trainer.model, inputs)
+    trainer.settings = tiny(updates_per_rollout=2)
+    close(trainer.compute_loss(trainer.model, inputs), first)  # nothing has become less likely yet
+    move(trainer, 1)
+    without = trainer.compute_loss(trainer.model, inputs)
+    trainer.settings = profile
+    loss = trainer.compute_loss(trainer.model, inputs)
+    mask = inputs["completion_mask"] * inputs["tool_mask"]
+    now = trainer.scored[-1][0]
+    expected = likelihood_loss(now, inputs["old_per_token_logps"], inputs["advantages"], mask)
+    assert expected > 1e-3
+    close(loss - without, 0.5 * expected, atol=1e-6, rtol=1e-4)
+
+
+def test_full_fine_tuning_moves_all_weights_of_a_copy(policy, tmp_path, forge):
+    profile = tiny(quantization="none", lora_r=0, beta=0.04)
+    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    move(trainer, 1)
+    before = trainer.compute_loss(trainer.model, inputs)
+    before.backward()
+    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
+    assert not any(parameter.grad is not None for parameter in policy.model.parameters())
+    assert trainer._metrics["train"]["kl"][-1] > 1e-3  # to the caller's model, which has not moved
+    trainer.beta = 0.0
+    assert trainer.compute_loss(trainer.model, inputs) < before
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"group_size": 1}, "group_size = 1 has no group"),
+        ({"lora_r": 0}, "quantization = none"),
+        ({"algorithm": "a2c"}, "algorithm"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, says):
+    with pytest.raises(ConfigError, match=says):
+        load_profile("tiny", **settings)
