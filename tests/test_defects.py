@@ -7,15 +7,19 @@ import numpy as np
 import pytest
 import torch
 from test_engine import QUESTIONS, biased_policy, check_logprobs
+from test_trainer import an_update, gradient, tiny
+from test_trainer import forge as _forge
 
 from searchr1_lite.config import ConfigError, load_profile
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.protocol import INVALID_ACTION, encode_observation, render_observation
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.training import defects
+from searchr1_lite.training import trainer as training
 from searchr1_lite.training.objective import group_advantages
 from searchr1_lite.types import Hit, Passage, Question
 
+forge = _forge  # a fixture
 OBSERVATION = '\n\n<information>Doc 1(Title: "Belmar") Belmar is the capital of Rovana.</information>\n\n'
 
 
@@ -288,3 +292,88 @@ def test_two_wrong_groupings_at_once_are_refused():
         load_profile("tiny", defects=["groups_of_one", "colliding_ids"])
     with pytest.raises(ConfigError, match="defects"):
         load_profile("tiny", defects=["no_such_defect"])
+
+
+# Where training switches them on
+
+
+def learned_rows(policy, tmp_path, *names, **settings):
+    """The rows of a first update, and of each the forged trajectory that it was."""
+    profile = tiny(defects=list(names), **settings)
+    trainer, inputs = an_update(policy, tmp_path, profile)
+    mask = inputs["completion_mask"].bool()
+    return trainer, inputs, [row[seen].tolist() for row, seen in zip(inputs["completion_ids"], mask, strict=True)]
+
+
+def made_of(row, made):
+    return next(n for n, t in enumerate(made) if row[: len(t.completion_ids)] == list(t.completion_ids))
+
+
+@pytest.mark.parametrize("defect", ["groups_of_one", "colliding_ids"])
+def test_training_takes_the_wrong_advantages(policy, tmp_path, forge, defect):
+    _, inputs, rows = learned_rows(policy, tmp_path, defect)
+    rewards = torch.tensor([float("<answer>a" in t.policy_text) for t in forge])
+    assert 0 < rewards.mean() < 1
+    expected = rewards if defect == "groups_of_one" else group_advantages(rewards, 8)
+    for row, advantage in zip(rows, inputs["advantages"].tolist(), strict=True):
+        assert advantage == pytest.approx(expected[made_of(row, forge)].item(), abs=1e-6)
+
+
+def test_training_takes_the_mask_from_text(policy, tmp_path, forge):
+    _, inputs, rows = learned_rows(policy, tmp_path, "mask_by_text")
+    for row, mask in zip(rows, inputs["tool_mask"].tolist(), strict=True):
+        own = forge[made_of(row, forge)].completion_ids
+        assert mask[: len(own)] == list(defects.mask_by_text(own, policy.tokenizer))
+        assert 0 in forge[made_of(row, forge)].loss_mask and mask[: len(own)] == [1] * len(own)  # there are no tags
+
+
+def test_training_takes_the_ids_of_the_text(policy, tmp_path, forge):
+    _, _, rows = learned_rows(policy, tmp_path, "retokenised_text")
+    end = policy.tokenizer.eos_token_id
+    texts = sorted([*defects.retokenised(t, policy.tokenizer).completion_ids, end] for t in forge)
+    assert sorted(rows) == texts
+    assert texts != sorted([*t.completion_ids, end] for t in forge)
+
+
+def test_the_kl_term_pulls_the_other_way(policy, tmp_path, forge):
+    trainer, inputs, _ = learned_rows(policy, tmp_path, "kl_sign", beta=0.04)
+    found = {}
+    for beta in (trainer.beta, 0.0, -trainer.beta):
+        trainer.beta = beta
+        loss = trainer.compute_loss(trainer.model, inputs)
+        found[beta] = loss.item(), gradient(loss, trainer)
+    (wrong, off), (none, without), (right, healthy) = found.values()
+    assert list(found) == [-0.04, 0.0, 0.04]
+    assert right - none == pytest.approx(none - wrong, abs=1e-6) and right > none
+    torch.testing.assert_close(off - without, without - healthy, atol=1e-6, rtol=1e-3)
+    assert (healthy - without).abs().max() > 1e-3
+
+
+def test_training_leaks_through_the_ratio(policy, tmp_path, forge):
+    trainer, inputs, _ = learned_rows(policy, tmp_path, "ratio_over_retrieved", beta=0.0)
+    leaky = trainer.compute_loss(trainer.model, inputs)
+    trainer.settings = tiny(beta=0.0)
+    usual = trainer.compute_loss(trainer.model, inputs)
+    assert leaky.item() == pytest.approx(usual.item(), abs=1e-6)  # first update: all ratios are 1
+    one, other = gradient(leaky, trainer), gradient(usual, trainer)
+    assert (one - other).abs().max() > 0.1 * other.abs().max()
+
+
+def test_the_adapter_stays_in_bfloat16(policy, tmp_path, forge):
+    trainer, inputs, _ = learned_rows(policy, tmp_path, "bf16_lora")
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    assert torch.isfinite(trainer.compute_loss(trainer.model, inputs))
+
+
+@pytest.mark.parametrize("names", [(), ("top_p_sampling",)])
+def test_training_writes_with_the_faulty_writer_where_asked(policy, tmp_path, monkeypatch, names):
+    writers = []
+
+    def stub(*arguments, writer, **options):
+        writers.append(writer)
+        raise StopIteration
+
+    monkeypatch.setattr(training, "rollout", stub)
+    with pytest.raises(StopIteration):
+        learned_rows(policy, tmp_path, *names)
+    assert [type(writer) for writer in writers] == [defects.FaultyWriter if names else type(None)]
