@@ -22,61 +22,45 @@ def overview(experiments: list[Experiment]) -> str:
     for one in experiments:
         size = f"{len(one.arms)} arms x {len(one.seeds)} seeds = {len(one.runs())} runs, {one.minutes:g} minutes"
         lines.append(f"{one.name}: {one.title} ({size})\n  {' | '.join(one.arms)}")
-    distinct = {run.name: run.profile.rollouts_per_step for one in experiments for run in one.runs()}
-    share = sum(distinct.values()) / sum(run.profile.rollouts_per_step for one in experiments for run in one.runs())
-    hours = share * sum(one.minutes for one in experiments) / 60
-    return "\n".join(
-        [*lines, f"together {len(distinct)} runs, as some are shared: about {hours:.1f} hours on two cores"]
-    )
+    runs, minutes = {run for one in experiments for run in one.runs()}, sum(one.minutes for one in experiments)
+    return "\n".join([*lines, f"{len(runs)} different runs; less than {minutes:g} minutes, as some are shared"])
 
 
-def execute(experiment: Experiment, **parameters: object) -> None:
-    """Notebook 09 with its printed lines in the terminal; raises papermill's error."""
+def execute(experiment: Experiment, **parameters: object) -> str:
+    """Notebook 09 with its printed lines in the terminal; returns the error that ended it, or nothing."""
     import papermill  # heavy, and needed here only
 
-    papermill.execute_notebook(
-        NOTEBOOK,
-        RUNS / f"{experiment.name}.ipynb",
-        parameters={"experiment": experiment.typed, "seeds": experiment.seeds, **parameters},
-        kernel_name="python3",
-        progress_bar=False,
-        stdout_file=sys.stdout,
-        extra_arguments=["--IPKernelApp.log_level=ERROR"],
-    )
+    out = RUNS / f"{experiment.name}.ipynb"
+    parameters |= {"experiment": experiment.typed, "seeds": experiment.seeds}
+    options = {"stdout_file": sys.stdout, "progress_bar": False, "extra_arguments": ["--IPKernelApp.log_level=ERROR"]}
+    try:
+        papermill.execute_notebook(NOTEBOOK, out, parameters, kernel_name="python3", **options)
+    except papermill.exceptions.PapermillExecutionError as error:
+        return plain(f"{experiment.name}: {error.evalue} ({out})")
+    return ""
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = ArgumentParser(prog="python -m searchr1_lite.experiments", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help="an experiment, a .yaml file, or all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="an experiment, a .yaml file, or all; none: --list")
     parser.add_argument("--list", action="store_true", help="say what there is, and do nothing")
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="these in place of the experiment's")
     parser.add_argument("--partial", action="store_true", help="train nothing, sum up the runs that are finished")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each (2)")
     given = parser.parse_args(arguments)
-    if not given.names and not given.list:
-        parser.error("name an experiment, or all, or --list")
-    names = experiment_names() if "all" in given.names or not given.names else list(dict.fromkeys(given.names))
+    names = experiment_names() if "all" in given.names or not given.names else dict.fromkeys(given.names)
     try:
         experiments = [load_experiment(name, given.seeds) for name in names]
+        if given.list or not given.names:
+            return print(overview(experiments))
+        RUNS.mkdir(parents=True, exist_ok=True)
+        problems = [execute(one, partial=given.partial, workers=given.workers) for one in experiments]
     except (ExperimentError, RunError) as error:
         sys.exit(f"error: {plain(str(error))}")
-    if given.list:
-        return print(overview(experiments))
-    from papermill.exceptions import PapermillExecutionError
-
-    failed = []
-    RUNS.mkdir(parents=True, exist_ok=True)
-    for number, experiment in enumerate(experiments, 1):
-        print(f"[{number} of {len(experiments)}] {experiment.title}", flush=True)
-        try:
-            execute(experiment, partial=given.partial, workers=given.workers)
-        except PapermillExecutionError as error:
-            failed.append(f"{experiment.name}: {plain(str(error.evalue))}")
-            print(failed[-1], flush=True)
-        except KeyboardInterrupt:
-            sys.exit("stopped; the same command goes on from here")
-    if failed:
-        sys.exit("error: " + "\n".join(failed))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    if any(problems):
+        sys.exit("error: " + "\n".join(filter(None, problems)))
 
 
 if __name__ == "__main__":

@@ -4,13 +4,11 @@ An arm is what it changes of BASE, the tiny profile a little smaller. A run's na
 that experiments share their runs. Leaves out: claims, which are carried along for `analysis/findings.py` to read.
 """
 
-import os
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from searchr1_lite.analysis.runs import read_mapping
 from searchr1_lite.config import ROOT, ConfigError, Profile, load_profile
@@ -19,25 +17,17 @@ BASE = {"steps": 24, "questions_per_step": 6, "group_size": 5}
 FOLDER = Path(__file__).parent
 RUNS = ROOT / "runs" / "experiments"
 SMOKE = "smoke"  # shows that everything runs, and measures nothing
-KEYS = ("title", "question", "seeds", "minutes", "arms", "claims")
 
 
 class ExperimentError(ValueError):
     """An experiment that cannot be used, made or summed up; the message says why and what to do."""
 
 
-class PlannedRun(NamedTuple):
-    arm: str
-    seed: int
-    profile: Profile
-    name: str  # of the run folder
-
-
 class Experiment(BaseModel):
-    model_config = ConfigDict(frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str
-    file: Path
+    typed: str  # how it was asked for: by name, or a file
     title: str
     question: str
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -45,19 +35,43 @@ class Experiment(BaseModel):
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
     claims: Any = None
 
-    def runs(self) -> list[PlannedRun]:
-        """All arms with the first seed, then with the next: what is cut off has about as many seeds in every arm."""
-        profiles = [(arm, seed, arm_profile(self.arms[arm], seed)) for seed in self.seeds for arm in self.arms]
-        return [PlannedRun(arm, seed, one, f"{slug(one)}-seed{seed}") for arm, seed, one in profiles]
-
-    @property
-    def typed(self) -> str:
-        """How it is asked for: by name, or by its file where that is not of the package."""
-        return self.name if self.file.parent == FOLDER else str(self.file)
-
     @property
     def result_file(self) -> Path:
         return (RUNS if self.name == SMOKE else ROOT / "data/results/experiments") / f"{self.name}.json"
+
+    @model_validator(mode="after")
+    def _can_be_run(self) -> "Experiment":
+        self.runs()
+        return self
+
+    def runs(self) -> dict[str, tuple[str, Profile]]:
+        """Arm and profile of each run, by the name of its folder.
+
+        All arms with the first seed, then with the next: what is cut off has about as many seeds in every arm.
+        """
+        planned: dict[str, tuple[str, Profile]] = {}
+        profiles = {arm: _arm_profile(arm, settings) for arm, settings in self.arms.items()}
+        base = _arm_profile("base", {})
+        for arm, profile, seed in ((arm, profiles[arm], seed) for seed in self.seeds for arm in profiles):
+            run = f"{slug(profile, base)}-seed{seed}"
+            if run in planned:
+                raise ValueError(f"the arms {planned[run][0]!r} and {arm!r} have the same run, {run}")
+            planned[run] = arm, profile.model_copy(update={"seed": seed})
+        return planned
+
+
+def _arm_profile(arm: str, settings: dict[str, Any]) -> Profile:
+    try:
+        return load_profile("tiny", **BASE | settings, seed=0)
+    except (ConfigError, TypeError) as error:  # TypeError: settings with a name or seed
+        raise ValueError(f"arm {arm!r}: {error}") from None
+
+
+def slug(profile: Profile, base: Profile) -> str:
+    """What a profile changes of the base as part of a folder's name, "base" where that is nothing."""
+    keys = sorted(Profile.model_fields.keys() - {"name", "seed"})
+    changed = [f"{key}={getattr(profile, key)}" for key in keys if getattr(profile, key) != getattr(base, key)]
+    return ",".join(changed).replace(" ", "").replace("'", "").replace("/", "_") or "base"
 
 
 def experiment_names() -> list[str]:
@@ -65,59 +79,19 @@ def experiment_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in (SMOKE, "untestable"))
 
 
-def load_experiment(name: str | os.PathLike, seeds: Sequence[int] = ()) -> Experiment:
+def load_experiment(name: str, seeds: Sequence[int] = ()) -> Experiment:
     """An experiment by name or from a YAML file, with other seeds where some are given.
 
     Raises ExperimentError, or RunError for a file that holds no mapping.
     """
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
+    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file() or path == FOLDER / "untestable.yaml":
         known = ", ".join(experiment_names())
-        raise ExperimentError(f"no experiment {str(name)!r}; there are {known}, {SMOKE}, or give a .yaml file")
-    written = read_mapping(path)
-    for key in set(written) - set(KEYS):
-        close = get_close_matches(str(key), KEYS, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(KEYS)}"
-        raise ExperimentError(f"{path}: there is no key {key!r}; {hint}")
-    about = {"name": path.stem, "file": path} | ({"seeds": list(seeds)} if seeds else {})
+        raise ExperimentError(f"no experiment {name!r}; there are {known}, {SMOKE}, or give a .yaml file")
+    own = {"seeds": list(seeds)} if seeds else {}
     try:
-        experiment = Experiment.model_validate(written | about)
+        return Experiment.model_validate({"name": path.stem, "typed": name} | read_mapping(path) | own)
     except ValidationError as error:
         problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"]))
-        raise ExperimentError(f"{path}: {where}: {problem['msg']}, got {problem['input']!r}") from None
-    _check_arms(experiment, path)
-    return experiment
-
-
-def _check_arms(experiment: Experiment, path: Path) -> None:
-    names: dict[str, str] = {}
-    for arm, settings in experiment.arms.items():
-        if fixed := sorted(settings.keys() & {"seed", "name"}):
-            raise ExperimentError(f"{path}: arm {arm!r} sets {fixed[0]}, which is not an arm's to set; see seeds")
-        try:
-            name = slug(arm_profile(settings, 0))
-        except ConfigError as error:
-            raise ExperimentError(f"{path}: arm {arm!r}: {error}") from None
-        if name in names:
-            raise ExperimentError(f"{path}: the arms {names[name]!r} and {arm!r} have the same settings ({name})")
-        names[name] = arm
-    if len(set(experiment.seeds)) < len(experiment.seeds):
-        raise ExperimentError(f"{path}: a seed is there twice: {experiment.seeds}")
-
-
-def arm_profile(settings: dict[str, Any], seed: int) -> Profile:
-    return load_profile("tiny", **BASE | settings | {"seed": seed})
-
-
-def changes(profile: Profile, base: Profile) -> dict[str, Any]:
-    """The settings in which a profile differs, by name; seed and name do not count."""
-    values = [(key, value) for key, value in sorted(profile.model_dump().items()) if key not in ("seed", "name")]
-    return {key: value for key, value in values if value != getattr(base, key)}
-
-
-def slug(profile: Profile) -> str:
-    """What a profile changes of BASE as part of a folder's name, "base" where that is nothing."""
-    changed = changes(profile, arm_profile({}, 0)).items()
-    texts = {key: f"[{','.join(map(str, value))}]" if isinstance(value, list) else value for key, value in changed}
-    return ",".join(f"{key}={text}" for key, text in texts.items()).replace("/", "_") or "base"
+        where = ": ".join([str(path), *map(str, problem["loc"])])
+        raise ExperimentError(f"{where}: {problem['msg'].removeprefix('Value error, ')}") from None

@@ -29,40 +29,25 @@ def curve_measures(exact_match: Sequence[float]) -> dict[str, float]:
     return {"speed": mean(exact_match), "peak": max(windows), "drop": max(windows) - windows[-1]}
 
 
-def measures(run: Run) -> dict[str, float]:
-    """One number each; final, searches, length (the model's own tokens) and answer_rate are of held-out questions."""
-    after = run.evaluation["after"]
-    return {
-        "final": after["exact_match"],
-        **curve_measures(run.metrics["exact_match"].astype(float).tolist()),
-        "searches": after["mean_searches"],
-        "length": after["response_length"],
-        "answer_rate": after["answer_rate"],
-    }
-
-
 def run_entry(run: Run) -> dict[str, Any]:
-    """What is kept of one finished run; numbers have four significant digits."""
+    """What is kept of one finished run; numbers have four significant digits.
+
+    Of the measures, final, searches, length (the model's own tokens) and answer_rate are of held-out questions.
+    """
+    before, after = run.evaluation["before"], run.evaluation["after"]
     names = [name for name in run.metrics if name in CURVES or name.startswith("searches_by_hops.")]
-    evaluated = {key: run.evaluation[key] for key in ("before", "after", "closed_book")}
-    seconds = run.metrics["seconds"].sum() + sum(evaluated[key]["seconds"] for key in ("before", "after"))
     curves = {name: run.metrics[name].astype(float).tolist() for name in names}
-    return rounded(
-        {"run": run.name, "seed": run.profile["seed"], "date": run.environment["date"], **evaluated}
-        | {"seconds": float(seconds), "measures": measures(run)}
-        | {"curves": {"step": run.metrics.index.tolist()} | curves}
-    )
-
-
-def rounded(value: Any) -> Any:
-    """Floats, however deep, with four significant digits; None for what is not a number (JSON has no NaN)."""
-    if isinstance(value, dict):
-        return {key: rounded(one) for key, one in value.items()}
-    if isinstance(value, list):
-        return [rounded(one) for one in value]
-    if isinstance(value, float):
-        return float(f"{value:.4g}") if value == value else None
-    return value
+    held_out = {"final": "exact_match", "searches": "mean_searches", "length": "response_length"}
+    held_out = {name: after[key] for name, key in (held_out | {"answer_rate": "answer_rate"}).items()}
+    entry = {
+        **{"run": run.name, "seed": run.profile["seed"], "date": run.environment["date"]},
+        **run.evaluation,
+        "seconds": float(run.metrics["seconds"].sum()) + before["seconds"] + after["seconds"],
+        "measures": held_out | curve_measures(curves["exact_match"]),
+        "curves": {"step": run.metrics.index.tolist()} | curves,
+    }
+    # JSON has no NaN: null where a step has no such questions
+    return json.loads(json.dumps(entry), parse_float=lambda x: float(f"{float(x):.4g}"), parse_constant=lambda _: None)
 
 
 def sum_up(experiment: Experiment, runs_folder: Path, partial: bool = False) -> dict[str, Any]:
@@ -72,41 +57,30 @@ def sum_up(experiment: Experiment, runs_folder: Path, partial: bool = False) -> 
     experiment's, or two with different versions; RunError for a run folder that cannot be read.
     """
     planned = experiment.runs()
-    missing = [run.name for run in planned if not is_finished(runs_folder / run.name)]
+    missing = [name for name in planned if not is_finished(runs_folder / name)]
     if missing and not (partial and len(missing) < len(planned)):
         few = f"{len(missing)} of {len(planned)} runs are missing: {', '.join(missing)}"
         raise ExperimentError(f"{experiment.name}: {few}; run it, or sum up what is there (--partial)")
     younger = {name: field.default for name, field in Profile.model_fields.items() if not field.is_required()}
-    arms: dict[str, list[Run]] = {arm: [] for arm in experiment.arms}
-    for arm, _, profile, name in planned:
-        if name in missing:
-            continue
-        run = load_run(runs_folder / name)
-        there, asked = younger | run.profile, profile.model_dump()
-        if other := [key for key in asked if there[key] != asked[key]]:
-            raise ExperimentError(f"{run.folder}: made with another {', '.join(other)}; delete it to train it again")
-        arms[arm].append(run)
-    runs = [run for its in arms.values() for run in its]
-    newest = max(runs, key=lambda run: run.environment["date"])
+    runs = [load_run(runs_folder / name) for name in planned if name not in missing]
     for run in runs:
-        if run.environment["versions"] != newest.environment["versions"]:
-            both = f"{run.folder} and {newest.folder}"
-            raise ExperimentError(
-                f"{both} were made with different versions; delete the older ones to train them again"
-            )
-    profiles = {run.arm: run.profile.model_dump() for run in planned if run.seed == experiment.seeds[0]}
-    varied = [key for key in profiles[planned[0].arm] if len({str(one[key]) for one in profiles.values()}) > 1]
-    entries = {arm: [run_entry(run) for run in its] for arm, its in arms.items()}
-    seeds = f" --seeds {' '.join(map(str, experiment.seeds))}"
+        there = younger | run.profile  # a setting younger than the run had its default
+        if other := [key for key, value in planned[run.name][1] if there.get(key) != value]:
+            raise ExperimentError(f"{run.folder}: made with another {', '.join(other)}; delete it to train it again")
+    newest = max(runs, key=lambda run: run.environment["date"]).environment
+    if old := [run.name for run in runs if run.environment["versions"] != newest["versions"]]:
+        raise ExperimentError(f"made with other versions than the newest run, delete to train again: {', '.join(old)}")
+    arms = {arm: [run_entry(run) for run in runs if planned[run.name][0] == arm] for arm in experiment.arms}
+    seeds = " ".join(map(str, experiment.seeds))
     return {
-        **{key: newest.environment[key] for key in ("date", "machine", "versions")},
-        "command": f"python -m searchr1_lite.experiments {experiment.typed}{seeds}{' --partial' * partial}",
+        **{key: newest[key] for key in ("date", "machine", "versions")},
+        "command": f"python -m searchr1_lite.experiments {experiment.typed} --seeds {seeds}{' --partial' * partial}",
         "experiment": experiment.name,
         "seeds": experiment.seeds,
         **({"missing": missing, "finished": {arm: len(its) for arm, its in arms.items()}} if missing else {}),
-        "seconds": round(sum(entry["seconds"] for its in entries.values() for entry in its)),
-        "settings": {arm: {key: one[key] for key in varied} for arm, one in profiles.items()},
-        "arms": entries,
+        "seconds": round(sum(entry["seconds"] for its in arms.values() for entry in its)),
+        "settings": experiment.arms,
+        "arms": arms,
     }
 
 

@@ -1,0 +1,340 @@
+"""Experiments: what their files may say, that runs are made once and in spite of others, and what is kept of them."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from synthetic_runs import metrics_row, summary
+
+from searchr1_lite.analysis.runs import RunError
+from searchr1_lite.config import Profile, load_profile, save_config
+from searchr1_lite.experiments import __main__ as command
+from searchr1_lite.experiments.plan import BASE, FOLDER, SMOKE, ExperimentError, experiment_names, load_experiment, slug
+from searchr1_lite.experiments.result import curve_measures, sum_up, write_result
+from searchr1_lite.experiments.run import run_experiment
+
+NAMES = [*experiment_names(), SMOKE]
+STUB = "test_experiments"  # this module is the worker: `train_run` below stands for training
+TWO = {"title": "T", "question": "Q?", "seeds": [0, 1], "minutes": 2, "arms": {"a": {}, "b": {"masked": False}}}
+
+
+def train_run(profile: Profile, run_folder: Path) -> None:
+    """A run of four steps in no time. What is in `orders` next to the runs says what goes wrong."""
+    orders = run_folder.parent / "orders"
+    order = orders.read_text() if orders.exists() else ""
+    print("made", run_folder.name, "with", profile.seed)
+    if order == "fail" and not profile.masked:
+        raise ValueError("no such luck")
+    if order == "die" and profile.seed == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if order == "sleep":
+        (run_folder.parent / f"pid-{os.getpid()}").write_text("")
+        time.sleep(60)
+    write_finished(run_folder, profile)
+
+
+def write_finished(folder: Path, profile: Profile, curve=(0.2, 0.5, 0.8, 0.2), **environment) -> Path:
+    folder.mkdir(parents=True)
+    save_config(profile, folder / "config.yaml")
+    made = {"date": f"2026-01-0{profile.seed + 1}", "machine": {"cores": 2}, "versions": {"torch": "2"}, "command": "x"}
+    (folder / "environment.json").write_text(json.dumps(made | environment))
+    rows = [metrics_row(step, value, (1, 2)) for step, value in enumerate(curve, 1)]
+    rows[1]["kl"], rows[0]["searches"] = None, 1.23456
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    after = summary(0.625, (1, 2)) | {"mean_searches": 1.5, "response_length": 77.0, "answer_rate": 0.75}
+    result = {"before": summary(0.1, (1, 2)), "after": after, "closed_book": 0.02}
+    (folder / "evaluation.json").write_text(json.dumps(result))
+    return folder
+
+
+def written(folder: Path, **changes) -> str:
+    folder.mkdir(exist_ok=True)
+    file = folder / "mine.yaml"
+    file.write_text(yaml.safe_dump({key: x for key, x in (TWO | changes).items() if x is not None}))
+    return str(file)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_experiment_can_be_run(name):
+    experiment = load_experiment(name)
+    runs = experiment.runs()
+    assert len(runs) == len(experiment.arms) * len(experiment.seeds)
+    base = load_profile("tiny", **BASE)
+    assert all(f"{slug(profile, base)}-seed{profile.seed}" == run for run, (_, profile) in runs.items())
+    rollouts = sum(profile.rollouts_per_step for _, profile in runs.values())
+    if name != SMOKE:
+        assert experiment.minutes == pytest.approx(37 * rollouts / 30 / 60, abs=1.1) and experiment.minutes <= 45
+    seeds = 1 if name == SMOKE else 5 if name in ("mask", "algorithms", "group_size", "topk") else 3
+    assert len(experiment.seeds) == seeds
+
+
+def test_all_eleven_are_there():
+    asked = "mask algorithms group_size topk start dynamics rewards retriever search precision bugs"
+    assert experiment_names() == sorted(asked.split())
+
+
+def test_a_run_is_named_by_what_it_changes():
+    def named(**settings):
+        return slug(load_profile("tiny", **BASE | settings), load_profile("tiny", **BASE))
+
+    assert named() == named(seed=3) == named(group_size=5) == "base"
+    assert named(masked=False) == "masked=False"
+    assert named(model="data/tiny-instruct") == "model=data_tiny-instruct"
+    assert named(noise_start=0.5, noise_end=0.5, topk=5) == "noise_end=0.5,noise_start=0.5,topk=5"
+    assert named(defects=["kl_sign", "colliding_ids"]) == "defects=[kl_sign,colliding_ids]"
+    assert (
+        named(quantization="none", lora_r=0, learning_rate=0.0003) == "learning_rate=0.0003,lora_r=0,quantization=none"
+    )
+
+
+def test_the_same_run_of_two_experiments_has_one_folder():
+    mask, start = load_experiment("mask", [0]), load_experiment("start", [0])
+    assert mask.runs().keys() & start.runs().keys() == {"base-seed0"}
+
+
+def test_seeds_come_before_arms(tmp_path):
+    runs = load_experiment(written(tmp_path)).runs()
+    assert list(runs) == ["base-seed0", "masked=False-seed0", "base-seed1", "masked=False-seed1"]
+    assert list(load_experiment(written(tmp_path), [7]).runs()) == ["base-seed7", "masked=False-seed7"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"titel": "x"}, "titel: Extra inputs are not permitted"),
+        ({"seeds": []}, "seeds: List should have at least 1 item"),
+        ({"seeds": None}, "seeds: Field required"),
+        ({"seeds": [0, 0]}, "the arms 'a' and 'a' have the same run, base-seed0"),
+        ({"seeds": [-1]}, "seeds: 0: Input should be greater than or equal to 0"),
+        ({"minutes": "long"}, "minutes: Input should be a valid number"),
+        ({"arms": {}}, "arms: Dictionary should have at least 1 item"),
+        ({"arms": {"a": None}}, "arms: a: Input should be a valid dictionary"),
+        (
+            {"arms": {"a": {"tpok": 1}}},
+            "arm 'a': profile 'tiny' cannot be used:\n- tpok: there is no such setting",
+        ),
+        ({"arms": {"a": {"group_size": 1}}}, "arm 'a': profile 'tiny' cannot be used:\n- group_size = 1 has no group"),
+        ({"arms": {"a": {"seed": 1}}}, "arm 'a': .*multiple values for keyword argument 'seed'"),
+        ({"arms": {"a": {}, "b": {"topk": 3}}}, "the arms 'a' and 'b' have the same run, base-seed0"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused(tmp_path, changes, message):
+    with pytest.raises(ExperimentError, match=f"(?s)mine.yaml: .*{message}" if "arm" in message else message):
+        load_experiment(written(tmp_path, **changes))
+
+
+def test_a_name_that_does_not_exist_is_refused(tmp_path):
+    for name in ("maks", "untestable", str(tmp_path / "none.yaml")):
+        with pytest.raises(
+            ExperimentError, match=r"no experiment .*there are algorithms, bugs, .*topk, smoke, or give"
+        ):
+            load_experiment(name)
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(RunError, match="holds a list where a mapping is expected"):
+        load_experiment(str(tmp_path / "list.yaml"))
+
+
+def test_runs_are_made_once_and_go_on(tmp_path, capsys):
+    runs, experiment = tmp_path / "runs", load_experiment(written(tmp_path))
+    there = write_finished(runs / "base-seed0", experiment.runs()["base-seed0"][1])
+    before = there.stat().st_mtime_ns, list(there.iterdir())
+    run_experiment(experiment, runs, worker=STUB)
+    assert (there.stat().st_mtime_ns, list(there.iterdir())) == before
+    assert "made base-seed1 with 1" in (runs / "logs/base-seed1.log").read_text()
+    printed = capsys.readouterr().out
+    assert "mine: 3 of 4 runs to make, 2 at a time" in printed
+    assert "masked=False-seed1: finished; about 0 minutes left" in printed and "4 of 4" in printed
+    sum_up(experiment, runs)
+    run_experiment(experiment, runs, worker="a module that is not there")
+    assert "0 of 4 runs to make" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("order", "failing", "message"),
+    [
+        ("fail", "masked=False-seed{}", "ValueError: no such luck (exit status 1, "),
+        ("die", "{}-seed0", "made {}-seed0 with 0 (exit status -9, "),
+    ],
+)
+def test_a_failing_run_does_not_stop_the_others(tmp_path, order, failing, message):
+    runs, experiment = tmp_path / "runs", load_experiment(written(tmp_path))
+    runs.mkdir()
+    (runs / "orders").write_text(order)
+    with pytest.raises(ExperimentError) as failed:
+        run_experiment(experiment, runs, worker=STUB)
+    lines = str(failed.value).splitlines()
+    assert lines[0] == "2 runs failed; the same command tries again" and len(lines) == 3
+    for line, value in zip(sorted(lines[1:]), (0, 1) if order == "fail" else ("base", "masked=False"), strict=True):
+        name = failing.format(value)
+        assert line == f"{name} FAILED: {message.format(value)}{runs}/logs/{name}.log)"
+    assert len(list(runs.glob("*/evaluation.json"))) == 2
+    with pytest.raises(ExperimentError, match=r"mine: 2 of 4 runs are missing: .*seed0.*--partial"):
+        sum_up(experiment, runs)
+    (runs / "orders").unlink()
+    run_experiment(experiment, runs, worker=STUB)
+    assert sum_up(experiment, runs)["seeds"] == [0, 1]
+
+
+SCRIPT = """
+import sys
+from searchr1_lite.experiments.plan import load_experiment
+from searchr1_lite.experiments.run import run_experiment
+from pathlib import Path
+if __name__ == "__main__":
+    sys.path.insert(0, sys.argv[2])
+    run_experiment(load_experiment(sys.argv[1] + "/mine.yaml"), Path(sys.argv[1]) / "runs", worker="test_experiments")
+"""
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_goes_on_when_the_command_has_ended(tmp_path, stop):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    (runs / "orders").write_text("sleep")
+    written(tmp_path)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    started = subprocess.Popen(
+        [sys.executable, str(tmp_path / "script.py"), str(tmp_path), str(Path(__file__).parent)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: len(list(runs.glob("pid-*"))) == 2)
+        started.send_signal(stop)
+        assert started.wait(240) != 0
+    finally:
+        started.kill()
+    processes = [int(path.name.removeprefix("pid-")) for path in runs.glob("pid-*")]
+    assert len(processes) == 2
+    wait_for(lambda: not any(map(is_running, processes)))
+
+
+def wait_for(condition, seconds=240):  # much more than it takes, for a machine that is busy
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "waited in vain"
+        time.sleep(0.05)
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    status = Path(f"/proc/{process}/stat")
+    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
+def test_measures_by_hand():
+    # means of three in a row: 0.3, 0.6, 0.7, 0.5
+    assert curve_measures([0.0, 0.3, 0.6, 0.9, 0.6, 0.0]) == pytest.approx({"speed": 0.4, "peak": 0.7, "drop": 0.2})
+    assert curve_measures([0.2, 0.4]) == pytest.approx({"speed": 0.3, "peak": 0.3, "drop": 0.0})
+
+
+def test_what_is_kept_is_what_the_runs_hold(tmp_path):
+    runs, experiment = tmp_path / "runs", load_experiment(written(tmp_path))
+    for name, (_, profile) in experiment.runs().items():
+        write_finished(runs / name, profile)
+    record = sum_up(experiment, runs)
+    assert record["command"] == f"python -m searchr1_lite.experiments {tmp_path}/mine.yaml --seeds 0 1"
+    assert record["date"] == "2026-01-02" and record["settings"] == TWO["arms"] and "missing" not in record
+    assert [entry["run"] for entry in record["arms"]["b"]] == ["masked=False-seed0", "masked=False-seed1"]
+    assert [entry["seed"] for entry in record["arms"]["a"]] == [0, 1]
+    entry = record["arms"]["a"][0]
+    # means of three in a row: 0.5, 0.5; four steps of 2.5 s and two evaluations of 1 s
+    expected = {
+        "final": 0.625,
+        "speed": 0.425,
+        "peak": 0.5,
+        "drop": 0,
+        "searches": 1.5,
+        "length": 77,
+        "answer_rate": 0.75,
+    }
+    assert entry["measures"] == expected and entry["seconds"] == 12 and record["seconds"] == 48
+    assert entry["before"]["exact_match"] == 0.1 and entry["closed_book"] == 0.02
+    assert entry["curves"]["step"] == [1, 2, 3, 4] and entry["curves"]["exact_match"] == [0.2, 0.5, 0.8, 0.2]
+    assert entry["curves"]["kl"] == [0.01, None, 0.03, 0.04] and entry["curves"]["searches"][0] == 1.235
+    assert entry["curves"]["searches_by_hops.2"] == [0.3333, 0.6667, 1.0, 1.333]
+    write_result(record, tmp_path / "results/mine.json")
+    text = (tmp_path / "results/mine.json").read_text()
+    assert json.loads(text) == record and '"step": [ 1, 2, 3, 4 ]' in text
+
+
+def test_a_part_says_what_it_is(tmp_path):
+    runs, experiment = tmp_path / "runs", load_experiment(written(tmp_path))
+    with pytest.raises(ExperimentError, match="4 of 4 runs are missing"):
+        sum_up(experiment, runs, partial=True)
+    for name in ("base-seed0", "base-seed1", "masked=False-seed1"):
+        write_finished(runs / name, experiment.runs()[name][1])
+    (runs / "masked=False-seed0").mkdir()  # begun
+    record = sum_up(experiment, runs, partial=True)
+    assert record["missing"] == ["masked=False-seed0"] and record["finished"] == {"a": 2, "b": 1}
+    assert [len(entries) for entries in record["arms"].values()] == [2, 1]
+    assert record["command"].endswith(" --partial")
+
+
+def test_runs_made_otherwise_are_refused(tmp_path):
+    runs, experiment = tmp_path / "runs", load_experiment(written(tmp_path, seeds=[0]))
+    for name, (_, profile) in experiment.runs().items():
+        write_finished(runs / name, profile)
+    config = runs / "base-seed0/config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump({key: x for key, x in settings.items() if key != "defects"}))
+    sum_up(experiment, runs)  # a setting younger than the run had its default there
+    config.write_text(yaml.safe_dump(settings | {"topk": 7}))
+    with pytest.raises(ExperimentError, match=r"base-seed0: made with another topk; delete it"):
+        sum_up(experiment, runs)
+    config.write_text(yaml.safe_dump(settings))
+    file = runs / "masked=False-seed0/environment.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"date": "2025", "versions": {"torch": "1"}}))
+    with pytest.raises(ExperimentError, match=r"other versions than the newest run.*: masked=False-seed0"):
+        sum_up(experiment, runs)
+
+
+def test_the_command_executes_the_notebook_for_each(tmp_path, monkeypatch, capsys):
+    import papermill
+
+    calls, error = [], papermill.exceptions.PapermillExecutionError(1, 1, "", "ExperimentError", "2 runs failed", [])
+
+    def execute(source, out, parameters, **_):
+        assert source == command.NOTEBOOK and source.is_file()
+        calls.append(parameters | {"out": out.name})
+        if parameters["experiment"] == "mask":
+            raise error
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    monkeypatch.setattr(command, "RUNS", tmp_path)
+    with pytest.raises(SystemExit, match=r"error: mask: 2 runs failed \(.*mask.ipynb\)"):
+        command.main(["mask", "topk", "--seeds", "3", "4"])
+    common = {"seeds": [3, 4], "partial": False, "workers": 2}
+    assert calls == [{"experiment": name, "out": f"{name}.ipynb"} | common for name in ("mask", "topk")]
+    calls.clear()
+    command.main(["start", "--partial"])
+    assert calls == [{"experiment": "start", "out": "start.ipynb", "seeds": [0, 1, 2], "partial": True, "workers": 2}]
+    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: exec("raise KeyboardInterrupt"))
+    with pytest.raises(SystemExit, match="stopped; the same command goes on from here"):
+        command.main(["all"])
+    with pytest.raises(SystemExit, match="error: no experiment 'maks'"):
+        command.main(["topk", "maks"])
+
+
+def test_the_list_counts_runs_once(capsys):
+    command.main(["--list"])
+    printed = capsys.readouterr().out
+    assert "mask: The retrieved-token mask (4 arms x 5 seeds = 20 runs, 13 minutes)" in printed
+    command.main(["start", "dynamics", "--list"])
+    printed = capsys.readouterr().out
+    assert printed.count("(") == 2 and "\n9 different runs; less than 10 minutes" in printed
+
+
+def test_smoke_leaves_no_result_among_the_findings():
+    assert "runs" in load_experiment(SMOKE).result_file.parts and math.isclose(load_experiment(SMOKE).minutes, 1)
+    assert load_experiment("mask").result_file == FOLDER.parent.parent / "data/results/experiments/mask.json"
