@@ -184,6 +184,46 @@ def test_trimming_changes_nothing_that_counts(policy, tmp_path, forge):
             torch.testing.assert_close(one[counts], other[counts], atol=1e-5, rtol=1e-5)
 
 
+def test_what_prompts_share_is_read_once_to_the_same_loss_and_gradient(policy, tmp_path, forge, monkeypatch):
+    monkeypatch.setattr(trainer_module, "LEAST_SHARED", 10**9)
+    common, single = tuple(range(20, 60)), forged
+    prompts = {"0": 2, "1": 7}  # tokens of its own that each question's prompt has
+
+    def with_a_common_beginning(question, generator):
+        own = tuple(range(100, 100 + prompts[question.id]))
+        return dataclasses.replace(single(question, generator), prompt_ids=common + own)
+
+    monkeypatch.setitem(globals(), "forged", with_a_common_beginning)
+    trainer, inputs = an_update(policy, tmp_path, tiny(beta=0.04, entropy_coef=0.01))
+    expected = by_hand(trainer, inputs, forge, trainer.settings)
+    whole, wanted = trainer.compute_loss(trainer.model, inputs), gradient(expected, trainer)
+    torch.testing.assert_close(whole, expected, atol=1e-6, rtol=1e-5)
+    monkeypatch.setattr(trainer_module, "LEAST_SHARED", 16)
+    read = []
+    embed = trainer.model.get_base_model().model.embed_tokens
+    handle = embed.register_forward_hook(lambda module, arguments, output: read.append(tuple(arguments[0].shape)))
+    shared = trainer.compute_loss(trainer.model, inputs)
+    handle.remove()
+    width = inputs["prompt_ids"].size(1) + inputs["completion_ids"].size(1)
+    assert read == [(1, 41), (8, width - 41)]  # the 40 and the first of each question's own
+    torch.testing.assert_close(shared, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient(shared, trainer), wanted, atol=1e-6, rtol=1e-4)
+
+
+@given(st.data())
+def test_shared_prefix_is_what_all_rows_begin_with(data):
+    keep = data.draw(st.integers(1, 3))
+    size = st.lists(st.integers(1, 3), min_size=1, max_size=6)
+    rows = data.draw(st.lists(size, min_size=1, max_size=4))
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row + [9] * keep for row in rows])
+    mask = (ids > 0).long()
+    common = 0
+    while len(rows) > 1 and all(common < len(row) - 1 and row[common] == rows[0][common] for row in rows):
+        common += 1
+    assert trainer_module.shared_prefix(ids, mask, keep) == common
+
+
 @pytest.mark.parametrize("updates", [1, 2])
 def test_how_memory_is_split_does_not_change_what_is_learned(policy, tmp_path, forge, updates):
     """One part, several, or a row each: the loss, gradient and metrics of the whole update."""

@@ -63,6 +63,7 @@ from searchr1_lite.training.rewards import trajectory_reward
 from searchr1_lite.types import Question, Retriever
 
 EVALUATION_SAMPLES = 24  # trajectories kept of each evaluation, of the same questions before and after
+LEAST_SHARED = 16  # tokens: what fewer of them take is less than a second call of the model
 VALUE_HEAD = "value_head.pt"  # beside the trainer's own files in a checkpoint
 TOKEN_MEANS = (
     "policy_loss",
@@ -507,12 +508,12 @@ class MaskedGRPOTrainer(GRPOTrainer):
             first, last = int(used[0]), int(used[-1]) + 1
             unused = input_ids.size(1) - last
             with self._watched():
-                logps, entropies, _ = super()._get_per_token_logps_and_entropies(
+                logps, entropies = self._score(
                     model,
                     input_ids[rows, first:last],
                     attention_mask[rows, first:last],
                     logits_to_keep - unused,
-                    **options,
+                    options,
                 )
             values = self._values(logps.size(1))
             found = (logps, entropies, values)
@@ -521,6 +522,38 @@ class MaskedGRPOTrainer(GRPOTrainer):
         logps, entropies, values = (None if x[0] is None else torch.cat(x)[back] for x in zip(*scored, strict=True))
         self.scored.append((logps, values))
         return logps, entropies, None
+
+    def _score(
+        self, model, ids: torch.Tensor, mask: torch.Tensor, keep: int, options: dict[str, Any]
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """TRL's log-probabilities and entropies of the last `keep` columns; what all prompts begin with is read once.
+
+        `ids` and `mask` are (rows, columns), padded on both sides. Exact but for rounding, with the same gradient. Not
+        with gradient checkpointing, which cannot keep keys and values, nor in several processes.
+        """
+        alone = self.accelerator.num_processes == 1 and not self.settings.gradient_checkpointing
+        shared = shared_prefix(ids, mask, keep) if alone else 0
+        if shared < LEAST_SHARED:
+            return super()._get_per_token_logps_and_entropies(model, ids, mask, keep, **options)[:2]
+        begin = mask.argmax(dim=1, keepdim=True)
+        columns = torch.arange(ids.size(1) - shared, device=ids.device).expand(len(ids), -1)
+        columns = columns + shared * (columns >= begin)  # of the rest, after the left padding
+        rest, rest_mask = ids.gather(1, columns), mask.gather(1, columns)
+        labels = rest.masked_fill(rest_mask == 0, -100)
+        labels[:, :-keep] = -100
+        with self.accelerator.autocast():
+            start = int(begin[0])
+            read = model(input_ids=ids[:1, start : start + shared], use_cache=True, logits_to_keep=1)
+            read.past_key_values.batch_repeat_interleave(len(ids))
+            out = model(
+                input_ids=rest,
+                attention_mask=torch.cat([torch.ones_like(ids[:, :shared]), rest_mask], dim=1),
+                position_ids=shared + (rest_mask.cumsum(dim=1) - 1).clamp(min=0),
+                past_key_values=read.past_key_values,
+                labels=labels,
+                fused_lm_head=True,
+            )
+        return out.log_probs[:, -keep:], out.entropy[:, -keep:] if options.get("compute_entropy") else None
 
     def create_model_card(self, *arguments, **options) -> None:
         """Checkpoints here are for going on, not for publishing."""
@@ -541,6 +574,19 @@ def split_rows(prompts: list[int], completions: list[int], tokens: int) -> list[
         else:
             parts.append([row])
     return parts
+
+
+def shared_prefix(ids: torch.Tensor, mask: torch.Tensor, keep: int) -> int:
+    """How many tokens all rows begin with, after their left padding, before the last token of the shortest prompt.
+
+    `ids` and `mask` are (rows, columns), prompts in all columns but the last `keep`.
+    """
+    begin = mask.argmax(dim=1, keepdim=True)
+    shortest = ids.size(1) - keep - int(begin.max()) - 1  # a prompt's last token predicts its completion's first
+    if len(ids) < 2 or shortest < 1:
+        return 0
+    heads = ids.gather(1, begin + torch.arange(shortest, device=ids.device))
+    return int((heads == heads[:1]).all(dim=0).cumprod(dim=0).sum())
 
 
 def _parts(prompt_mask: torch.Tensor, completion_mask: torch.Tensor, tokens: int) -> list[torch.Tensor]:
@@ -622,7 +668,7 @@ def _recorded(
 
 
 def group_rewards(trajectories: Sequence[Trajectory], profile: Profile, progress: float = 1.0) -> list[float]:
-    """Each trajectory's reward at a time of training (0 to 1); one whose search failed gets the mean of its group's others.
+    """Each trajectory's reward, `progress` (0 to 1) through training; one whose search failed has its group's mean.
 
     So the group's mean is as if the failed one were not there; and no token of it is learned from (`trl_columns`).
     """
