@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from searchr1_lite.analysis.figures import DPI
-from searchr1_lite.analysis.runs import Run, RunError, load_run
+from searchr1_lite.analysis.runs import Run, RunError, load_run, read_mapping
 from searchr1_lite.jsonl import write_json
 from searchr1_lite.provenance import provenance
 
@@ -71,7 +71,7 @@ CAUSES = {  # sign: (kind, likely cause and what to try), in the order in which 
 PANELS = (
     ("Reward and exact match", "mean", {"reward": "reward", "exact_match": "exact match"}),
     ("Answers and invalid actions", "a rollout", {"answer_rate": "answers", "invalid_actions": "invalid actions"}),
-    ("Searches", "a rollout", {"searches": "all"} | {f"searches_by_hops.{n}": f"{n} hops" for n in range(1, 5)}),
+    ("Searches", "a rollout", {"searches": "all"} | {f"searches_by_hops.{n}": f"{n}-hop" for n in range(1, 5)}),
     ("Length of what it writes", "tokens", {"response_length": "tokens"}),
     ("Repeated 4-grams in thinking", "share", {"repeated_ngrams": "repeated"}),
     ("Entropy", "nats a token", {"entropy": "entropy"}),
@@ -150,7 +150,9 @@ def health_view(run: Run) -> Figure:
         draw_panel(axes, run, *panel)
         for letter, alarm in zip("ABCD", found, strict=False):
             axes.axvline(alarm.step, color="black", linestyle="--", linewidth=1)
-            axes.annotate(letter, (alarm.step, 1), xycoords=("data", "axes fraction"), ha="center", fontsize="small")
+            axes.annotate(
+                letter, (alarm.step, 1), xycoords=("data", "axes fraction"), ha="center", va="bottom", fontsize="small"
+            )
     for axes in grid.flat[len(there) :]:
         axes.axis("off")
     for axes in grid[-1]:
@@ -185,6 +187,8 @@ def judge(run: Run) -> dict[str, Any]:
     training is below half of training's peak; else "healthy". fall: the first step at which exact match is 0.1 below
     its peak, and after it. in_time: the first alarm came at an earlier step; None where nothing collapsed.
     best_before_alarm: the best exact match up to the alarm, which early stopping keeps; without an alarm, the peak.
+    stopped: what early stopping left, where it ended the run: no outcome then, since nobody knows how it would have
+    gone on.
     """
     if run.evaluation is None:
         raise RunError(f"{run.folder}: evaluation.json is missing; the run is not finished (start it again to resume)")
@@ -195,6 +199,9 @@ def judge(run: Run) -> dict[str, Any]:
     outcome = "nothing learned" if peak < GAIN else "collapsed" if after < peak / FACTOR else "healthy"
     found = alarms(run.metrics)
     first = found[0] if found else None
+    stopped = run.folder / "stopped.json"
+    if stopped.is_file():
+        outcome = "stopped early"
     return {
         "run": "/".join(run.folder.resolve().parts[-2:]),
         "date": run.environment["date"],
@@ -205,6 +212,7 @@ def judge(run: Run) -> dict[str, Any]:
         "first_alarm": asdict(first) if first else None,
         "alarms": {alarm.kind: alarm.step for alarm in found},
         "in_time": first is not None and (fall is None or first.step < fall) if outcome == "collapsed" else None,
+        "stopped": read_mapping(stopped) if stopped.is_file() else None,
         "best_before_alarm": round(recent.loc[: first.step].max() if first else peak, 3),
     }
 
