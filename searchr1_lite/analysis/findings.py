@@ -45,7 +45,7 @@ SAYS = {"claim", "paper", "source"}
 SIDES = ({"measure", "more", "less"}, {"arm", "more", "less"})
 SIDES += ({"measure", "alike", "within"}, {"arm", "alike", "within"}, {"reason"})
 VERDICTS = ("agrees", "disagrees", "not separated", "not testable at this size", "not measured")
-# Parts of training. They are fixed beforehand: the lowest of many noisy steps lies below the last by chance alone.
+# Parts of training, the same for every run: the lowest of many noisy steps lies below the last one by chance alone.
 WINDOWS = {"first": (0, 1 / 8), "early": (1 / 8, 1 / 3), "last": (7 / 8, 1)}
 WINDOW_NAMES = {"first": "the first eighth", "early": "from an eighth to a third", "last": "the last eighth"}
 MEASURES = {
