@@ -74,7 +74,7 @@ def sum_up(experiment: Experiment, runs_folder: Path, partial: bool = False) -> 
     seeds = " ".join(map(str, experiment.seeds))
     return {
         **{key: newest[key] for key in ("date", "machine", "versions")},
-        "command": f"python -m searchr1_lite.experiments {experiment.typed} --seeds {seeds}{' --partial' * partial}",
+        "command": f"python -m searchr1_lite.experiments {experiment.typed} --seeds {seeds}{' --partial' * bool(missing)}",
         "experiment": experiment.name,
         "seeds": experiment.seeds,
         **({"missing": missing, "finished": {arm: len(its) for arm, its in arms.items()}} if missing else {}),
