@@ -7,6 +7,9 @@
 # make runs     make those runs again (three seeds, masked and unmasked)
 # make retrievers  train with every kind of retriever, from oracle to empty, three seeds each
 # make ten-ways   the paper's ways to answer, trained and compared, three seeds (SEEDS="0": one)
+# make experiment NAME=mask   one of the paper's experiments from nothing: train, sum up (15 to 45 minutes)
+# make experiments   all ten and the bug lab's, one after another (hours; stopped, it goes on)
+# make findings   compare what they gave with what the paper says
 # make tiny-base  pretrain the tiny model again
 # make tiny-instruct  tune it to follow instructions again
 #
@@ -21,7 +24,8 @@ PY := .venv/bin/python
 READY := .venv/.ready
 NOTEBOOK_SECONDS ?= 600
 
-.PHONY: tour test lab style notebooks saved runs results retrievers ten-ways tiny-base tiny-instruct constraints
+.PHONY: tour test lab style notebooks saved runs results retrievers ten-ways experiment experiments findings \
+  tiny-base tiny-instruct constraints
 .DELETE_ON_ERROR:
 
 tour: $(READY)
@@ -70,6 +74,16 @@ SEEDS ?= 0 1 2
 ten-ways: $(READY)
 	$(PY) -m searchr1_lite.evaluation.compare --out runs/ten-ways --seeds $(SEEDS)
 	$(PY) -m searchr1_lite.analysis.table runs/ten-ways --out data/results/ten_ways
+
+experiment: $(READY)
+	$(PY) -m searchr1_lite.experiments $(NAME)
+
+experiments: $(READY)
+	$(PY) -m searchr1_lite.experiments all
+	$(MAKE) findings
+
+findings: $(READY)
+	$(PY) -m searchr1_lite.analysis.findings data/results/experiments/*.json --out data/results/findings
 
 PRETRAIN := .venv/bin/torchrun --nproc-per-node 2 -m searchr1_lite.pretraining.pretrain
 tiny-base: export OMP_NUM_THREADS = 1
