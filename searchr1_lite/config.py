@@ -147,6 +147,8 @@ class Profile(BaseModel):
             raise ValueError("an oracle has no noise: take another retriever, or noise_start = noise_end = 0")
         if self.algorithm == "grpo" and self.group_size < 2:
             raise ValueError("group_size = 1 has no group to compare with: take algorithm reinforce, or 2 and more")
+        if self.stop_early and self.algorithm not in REINFORCED:
+            raise ValueError(f"stop_early reads metrics of rollouts, and {self.algorithm} makes none while it trains")
         if self.lora_r == 0 and self.quantization != "none":
             raise ValueError("lora_r = 0 trains all weights, and 4-bit ones cannot be trained: quantization = none")
         if self.algorithm not in REINFORCED and (self.noise_start or self.noise_end):

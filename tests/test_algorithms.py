@@ -257,6 +257,7 @@ def test_full_fine_tuning_moves_all_weights_of_a_copy(policy, tmp_path, forge):
         ({"group_size": 1}, "group_size = 1 has no group"),
         ({"lora_r": 0}, "quantization = none"),
         ({"algorithm": "a2c"}, "algorithm"),
+        ({"algorithm": "sft", "stop_early": True}, "sft makes none"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, says):

@@ -56,7 +56,7 @@ from searchr1_lite.training.algorithms import (
 )
 from searchr1_lite.training.correction import correct_for_sampler
 from searchr1_lite.training.demonstrations import cross_entropy, make_demonstrations
-from searchr1_lite.training.early_stop import EarlyStop, restore_best
+from searchr1_lite.training.early_stop import STOPPED, EarlyStop, restore_best
 from searchr1_lite.training.objective import k3_kl, masked_mean
 from searchr1_lite.training.recording import Recorder, append_trajectories, environment
 from searchr1_lite.training.rewards import trajectory_reward
@@ -384,8 +384,6 @@ class MaskedGRPOTrainer(GRPOTrainer):
         noted = self._metrics["train"]
         for name in ("clip_ratio/low_min", "clip_ratio/high_max"):  # no means; of no use
             noted.pop(name, None)
-        if ratios := noted.get("ratio_max"):
-            ratios[-len(tokens) :] = [max(ratios[-len(tokens) :])]
         if ratios := noted.get("ratio_max"):
             ratios[-len(tokens) :] = [max(ratios[-len(tokens) :])]
         for name in TOKEN_MEANS:
@@ -746,8 +744,9 @@ def evaluate_after(
     result = {"before": before["before"], "after": summary, "closed_book": before["closed_book"]}
     if PartialState().is_main_process:
         write_json(run_folder / "evaluation.json", result)
+    steps = checkpoints.read_json(run_folder / STOPPED).get("step", profile.steps)
     progress(
-        f"{run_folder.name}: after {profile.steps} steps, exact match {summary['exact_match']:.2f}, "
+        f"{run_folder.name}: after {steps} steps, exact match {summary['exact_match']:.2f}, "
         f"{summary['mean_searches']:.2f} searches"
     )
 
