@@ -71,10 +71,10 @@ def sum_up(experiment: Experiment, runs_folder: Path, partial: bool = False) -> 
     if old := [run.name for run in runs if run.environment["versions"] != newest["versions"]]:
         raise ExperimentError(f"made with other versions than the newest run, delete to train again: {', '.join(old)}")
     arms = {arm: [run_entry(run) for run in runs if planned[run.name][0] == arm] for arm in experiment.arms}
-    seeds = " ".join(map(str, experiment.seeds))
+    options = f"--seeds {' '.join(map(str, experiment.seeds))}{' --partial' * bool(missing)}"
     return {
         **{key: newest[key] for key in ("date", "machine", "versions")},
-        "command": f"python -m searchr1_lite.experiments {experiment.typed} --seeds {seeds}{' --partial' * bool(missing)}",
+        "command": f"python -m searchr1_lite.experiments {experiment.typed} {options}",
         "experiment": experiment.name,
         "seeds": experiment.seeds,
         **({"missing": missing, "finished": {arm: len(its) for arm, its in arms.items()}} if missing else {}),
