@@ -32,7 +32,7 @@ def test_there_are_the_tiny_run_and_the_real_ones():
         ({"steps": "many"}, "steps: .*valid integer.*'many'"),
         ({"steps": 2.5}, "steps: .*2.5"),
         ({"steps": 0}, "steps: .*greater than 0"),
-        ({"group_size": 1}, "group_size: .*greater than or equal to 2"),
+        ({"group_size": 1}, "group_size = 1 has no group"),
         ({"quantization": "int8"}, "quantization: .*'none' or 'nf4'"),
         ({"micro_batch_tokens": 0}, "micro_batch_tokens: .*greater than 0"),
         ({"micro_batch_size": 4}, "micro_batch_size: there is no such setting; did you mean micro_batch_tokens"),
