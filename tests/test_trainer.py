@@ -378,7 +378,7 @@ def test_nothing_is_learned_from_a_search_that_failed(monkeypatch):
     """Its tokens are masked, and the mean of its group is that of the others."""
     four = [forged(QUESTIONS[n // 4], random.Random(n)) for n in range(8)]
     failed = [dataclasses.replace(t, stop_reason="search failed", finished=False) for t in four]
-    monkeypatch.setattr(trainer_module, "_reward", lambda t, profile: float(four.index(t) if t in four else 100))
+    monkeypatch.setattr(trainer_module, "_reward", lambda t, *rest: float(four.index(t) if t in four else 100))
     mixed = [four[0], failed[1], four[2], four[3], *failed[4:]]
     assert trainer_module.group_rewards(mixed, tiny()) == [0.0, 5 / 3, 2.0, 3.0, 0.0, 0.0, 0.0, 0.0]
     for masked in (True, False):

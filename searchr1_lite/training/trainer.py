@@ -267,7 +267,7 @@ def build_trainer(
             else None,
             callbacks=[recorder, *([EarlyStop(profile, run_folder, progress)] if profile.stop_early else [])],
         )
-    trainer.settings = profile
+    trainer.settings, trainer.scored = profile, []
     if not profile.lora_r and profile.beta and profile.algorithm in REINFORCED:
         trainer.beta, trainer.ref_model = profile.beta, copy.deepcopy(policy.model).eval().requires_grad_(False)
         add_fused_lm_head(trainer.ref_model, temperature=trainer.temperature)
