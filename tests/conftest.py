@@ -74,6 +74,7 @@ def original(path: str) -> ModuleType:
         "verl.utils.hdfs_io",
         "verl.utils.tracking",
         "requests",
+        "tensordict",
         "original.tensor_helper",
     ):
         sys.modules.setdefault(name, MagicMock())

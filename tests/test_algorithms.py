@@ -1,9 +1,12 @@
 """PPO, REINFORCE and LLDS against hand-computed values and independent references."""
 # ruff: noqa: F811 (a fixture of another file is imported, and asked for by its name)
 
+import sys
+
 import numpy as np
 import pytest
 import torch
+from conftest import original
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_trainer import QUESTIONS, an_update, forge, gradient, move, tiny  # noqa: F401
@@ -263,3 +266,21 @@ def test_full_fine_tuning_moves_all_weights_of_a_copy(policy, tmp_path, forge):
 def test_what_cannot_be_is_refused(settings, says):
     with pytest.raises(ConfigError, match=says):
         load_profile("tiny", **settings)
+
+
+def test_gae_and_value_loss_are_those_of_the_original_itself(monkeypatch):
+    """Its functions, run beside ours where nothing was retrieved, so that its missing mask makes no difference."""
+    helpers = original("verl/utils/torch_functional.py")
+    monkeypatch.setitem(sys.modules, "verl.utils.torch_functional", helpers)
+    theirs = original("verl/trainer/ppo/core_algos.py")
+    monkeypatch.setattr(theirs, "verl_F", helpers)
+    torch.manual_seed(0)
+    mask = torch.tensor([[1.0] * 7, [1.0] * 4 + [0.0] * 3, [1.0] + [0.0] * 6])
+    rewards, values, later = (torch.randn(3, 7) * mask for _ in range(3))
+    for gamma, gae_lambda in ((1.0, 1.0), (0.9, 0.7)):
+        advantages, returns = generalised_advantages(rewards, values, mask, gamma, gae_lambda)
+        gained, their_returns = theirs.compute_gae_advantage_return(rewards, values, mask, gamma, gae_lambda)
+        close(whitened(advantages, mask), gained * mask, atol=1e-5, rtol=1e-4)
+        close(returns, their_returns * mask)
+        error, _ = theirs.compute_value_loss(later, returns, values, mask, VALUE_CLIP)
+        close(value_loss(later, values, returns, mask), error)
