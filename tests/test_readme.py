@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from searchr1_lite.analysis.findings import with_interval
 from searchr1_lite.analysis.summary import markdown_table
 from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.pretraining.transcripts import HABITS
@@ -46,6 +47,18 @@ def test_the_habits_quoted_are_those_pretrained_on():
         "malformed": "{} % break their tags",
     }.items():
         assert words.format(round(100 * HABITS[habit])) in README, habit
+
+
+def test_the_claims_quoted_are_those_of_the_findings():
+    findings = json.loads((ROOT / "data/results/findings.json").read_text(encoding="utf-8"))
+    found = {one["claim"]: one for one in findings["claims"]}
+    table = README.partition("| the claim | the paper |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    assert len(rows) > 10
+    for claim, paper, difference, seeds, verdict in rows:
+        one = found[claim]
+        assert (paper, seeds, verdict) == (one["paper"], str(len(one["seeds"])), one["verdict"])
+        assert difference == with_interval(one["difference"], signed=True)
 
 
 def results(name: str) -> dict:
