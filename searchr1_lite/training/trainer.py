@@ -350,6 +350,8 @@ class MaskedGRPOTrainer(GRPOTrainer):
         """
         start = time.perf_counter()
         model.train()
+        if self.value_head is not None:
+            self.value_head.zero_grad()  # the Trainer clears the gradients of its model, and this is no part of it
         with memory_for("training", self.settings, "micro_batch_tokens"):
             inputs = self._prepare_inputs(inputs)  # every `updates_per_rollout` steps this rolls out
             parts = _parts(inputs["prompt_mask"], inputs["completion_mask"], self.settings.micro_batch_tokens)
