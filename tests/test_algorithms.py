@@ -205,6 +205,22 @@ def test_ppo_in_the_trainer_is_the_one_by_hand(policy, tmp_path, forge, updates,
     close(gradient(loss, trainer), gradient(by_hand, trainer), atol=2e-5, rtol=1e-3)
 
 
+def test_an_update_has_the_value_heads_own_gradient_alone(policy, tmp_path, forge):
+    """The Trainer clears its model's gradients between updates, and the head is no part of that."""
+    profile = tiny(algorithm="ppo", updates_per_rollout=2, beta=0.05, micro_batch_tokens=64)
+    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    trainer._prepare_inputs = lambda _: inputs
+    found = []
+    for _ in range(2):
+        trainer.training_step(trainer.model, inputs)
+        found.append(trainer.value_head.linear.weight.grad.clone())
+    assert found[0].abs().max() > 1e-3
+    close(found[1], found[0])
+
+
 @pytest.mark.parametrize(("algorithm", "less"), [("reinforce", 0.0), ("reinforce_baseline", "mean")])
 def test_reinforce_learns_from_the_reward_itself(policy, tmp_path, forge, algorithm, less):
     profile = tiny(algorithm=algorithm, group_size=1, questions_per_step=4)

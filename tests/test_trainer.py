@@ -17,6 +17,7 @@ from searchr1_lite.config import ConfigError, load_profile
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import load_policy
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.training import masked_trainer
 from searchr1_lite.training import trainer as trainer_module
 from searchr1_lite.training.objective import (
     group_advantages,
@@ -185,7 +186,7 @@ def test_trimming_changes_nothing_that_counts(policy, tmp_path, forge):
 
 
 def test_what_prompts_share_is_read_once_to_the_same_loss_and_gradient(policy, tmp_path, forge, monkeypatch):
-    monkeypatch.setattr(trainer_module, "LEAST_SHARED", 10**9)
+    monkeypatch.setattr(masked_trainer, "LEAST_SHARED", 10**9)
     common, single = tuple(range(20, 60)), forged
     prompts = {"0": 2, "1": 7}  # tokens of its own that each question's prompt has
 
@@ -198,7 +199,7 @@ def test_what_prompts_share_is_read_once_to_the_same_loss_and_gradient(policy, t
     expected = by_hand(trainer, inputs, forge, trainer.settings)
     whole, wanted = trainer.compute_loss(trainer.model, inputs), gradient(expected, trainer)
     torch.testing.assert_close(whole, expected, atol=1e-6, rtol=1e-5)
-    monkeypatch.setattr(trainer_module, "LEAST_SHARED", 16)
+    monkeypatch.setattr(masked_trainer, "LEAST_SHARED", 16)
     read = []
     embed = trainer.model.get_base_model().model.embed_tokens
     handle = embed.register_forward_hook(lambda module, arguments, output: read.append(tuple(arguments[0].shape)))
@@ -221,7 +222,7 @@ def test_shared_prefix_is_what_all_rows_begin_with(data):
     common = 0
     while len(rows) > 1 and all(common < len(row) - 1 and row[common] == rows[0][common] for row in rows):
         common += 1
-    assert trainer_module.shared_prefix(ids, mask, keep) == common
+    assert masked_trainer.shared_prefix(ids, mask, keep) == common
 
 
 @pytest.mark.parametrize("updates", [1, 2])
@@ -269,7 +270,7 @@ def test_nothing_to_learn_from_is_no_gradient(policy, tmp_path, forge):
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 300)), min_size=1, max_size=20), st.integers(1, 2000))
 def test_parts_hold_every_row_once_and_no_more_than_fits(lengths, tokens):
     prompts, completions = zip(*lengths, strict=True)
-    parts = trainer_module.split_rows(prompts, completions, tokens)
+    parts = masked_trainer.split_rows(prompts, completions, tokens)
     assert sorted(row for rows in parts for row in rows) == list(range(len(lengths)))
     for rows in parts:
         width = max(prompts[row] for row in rows) + max(completions[row] for row in rows)
@@ -279,9 +280,9 @@ def test_parts_hold_every_row_once_and_no_more_than_fits(lengths, tokens):
 
 
 def test_parts_by_hand():
-    assert trainer_module.split_rows([2, 2, 2, 2], [8, 3, 30, 3], 19) == [[2], [0], [1, 3]]
-    assert trainer_module.split_rows([2, 2, 2, 2], [8, 3, 30, 3], 20) == [[2], [0, 1], [3]]
-    assert trainer_module.split_rows([1, 9], [9, 1], 20) == [[0], [1]]  # together they would be 18 wide
+    assert masked_trainer.split_rows([2, 2, 2, 2], [8, 3, 30, 3], 19) == [[2], [0], [1, 3]]
+    assert masked_trainer.split_rows([2, 2, 2, 2], [8, 3, 30, 3], 20) == [[2], [0, 1], [3]]
+    assert masked_trainer.split_rows([1, 9], [9, 1], 20) == [[0], [1]]  # together they would be 18 wide
 
 
 def out_of_memory(*arguments, **options):
@@ -294,7 +295,7 @@ def test_no_memory_for_training_names_the_settings(policy, tmp_path, forge, monk
     trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
     monkeypatch.setattr(policy.model.model, "forward", out_of_memory)
     with pytest.raises(
-        trainer_module.MemoryFullError, match=r"in the training: lower micro_batch_tokens \(it is 512\)"
+        masked_trainer.MemoryFullError, match=r"in the training: lower micro_batch_tokens \(it is 512\)"
     ) as raised:
         trainer.train()
     assert ("gradient_checkpointing is off" in str(raised.value)) != checkpointing
@@ -305,9 +306,9 @@ def test_no_memory_for_the_rollout_names_the_settings(policy, tmp_path, retrieve
     says = r"in the rollout: lower rollout_rows \(it is 64\) or max_context_tokens \(it is 2500\)"
     trainer = trainer_module.build_trainer(tiny(), tmp_path, policy, QUESTIONS[:2], retriever)
     monkeypatch.setattr(policy.model.model, "forward", out_of_memory)
-    with pytest.raises(trainer_module.MemoryFullError, match=says):
+    with pytest.raises(masked_trainer.MemoryFullError, match=says):
         trainer.train()
-    with pytest.raises(trainer_module.MemoryFullError, match=says):  # of the evaluation
+    with pytest.raises(masked_trainer.MemoryFullError, match=says):  # of the evaluation
         trainer_module.train(
             tiny(), tmp_path, questions=QUESTIONS, eval_questions=QUESTIONS, retriever=retriever, policy=policy
         )

@@ -1,8 +1,8 @@
 """Masked GRPO, and its relatives, through TRL: our rollouts in, adapter weights and a run folder out.
 
 TRL's GRPOTrainer computes advantages, KL, the clipped loss and the optimizer's steps (objective.py has the same loss
-to read); `rollout_func` is the door through which trajectories and their loss mask come in. PPO and REINFORCE put
-advantages of their own (algorithms.py) into the same loss. A step is one batch of rollouts and the
+to read); `rollout_func` is the door through which trajectories and their loss mask come in. What we change of the
+trainer itself, REINFORCE too, is in masked_trainer.py, and PPO in ppo.py. A step is one batch of rollouts and the
 `updates_per_rollout` optimizer updates made from it. Started by `accelerate launch`, every process works on its share
 of the questions, to the same result. Leaves out: processes without a common disk, and merging the adapter into the
 4-bit base, which corrupts it.
@@ -14,8 +14,7 @@ import random
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -45,52 +44,16 @@ from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.rollout.vllm import VLLMWriter
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.training import checkpoints, defects
-from searchr1_lite.training.algorithms import (
-    VALUE_STEP,
-    ValueHead,
-    generalised_advantages,
-    likelihood_loss,
-    token_rewards,
-    value_loss,
-    whitened,
-)
 from searchr1_lite.training.correction import correct_for_sampler
-from searchr1_lite.training.demonstrations import cross_entropy, make_demonstrations
+from searchr1_lite.training.demonstrations import make_demonstrations
 from searchr1_lite.training.early_stop import STOPPED, EarlyStop, restore_best
-from searchr1_lite.training.objective import k3_kl, masked_mean
+from searchr1_lite.training.masked_trainer import MaskedGRPOTrainer, memory_for
+from searchr1_lite.training.ppo import PPOTrainer
 from searchr1_lite.training.recording import Recorder, append_trajectories, environment
 from searchr1_lite.training.rewards import trajectory_reward
 from searchr1_lite.types import Question, Retriever
 
 EVALUATION_SAMPLES = 24  # trajectories kept of each evaluation, of the same questions before and after
-LEAST_SHARED = 16  # tokens: what fewer of them take is less than a second call of the model
-VALUE_HEAD = "value_head.pt"  # beside the trainer's own files in a checkpoint
-TOKEN_MEANS = (
-    "policy_loss",
-    "value_loss",
-    "kl",
-    "entropy",
-    "clip_ratio/low_mean",
-    "clip_ratio/high_mean",
-    "clip_ratio/region_mean",
-)
-
-
-class MemoryFullError(RuntimeError):
-    """The device's memory is full; the message names the settings to lower."""
-
-
-@contextmanager
-def memory_for(what: str, profile: Profile, *settings: str) -> Iterator[None]:
-    """Turn running out of memory into a MemoryFullError that names the settings to lower and their values."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        lower = " or ".join(f"{name} (it is {getattr(profile, name)})" for name in settings)
-        off = what == "training" and not profile.gradient_checkpointing
-        also = "; gradient_checkpointing is off, true needs far less" if off else ""
-        reason = str(error).partition("\n")[0]
-        raise MemoryFullError(f"the memory is full in the {what}: lower {lower}{also} ({reason})") from error
 
 
 def train(
@@ -234,7 +197,7 @@ def build_trainer(
     retriever: Retriever,
     progress: Callable[[str], Any] = print,
     demonstrations: Sequence[Trajectory] = (),
-) -> "MaskedGRPOTrainer":
+) -> MaskedGRPOTrainer:
     """A trainer with a fresh fp32 adapter on the policy's model; `order` holds the questions of all steps.
 
     Without an adapter (`lora_r` 0) it trains a copy of the model, and the KL's reference is another.
@@ -248,7 +211,7 @@ def build_trainer(
         rollout_func = hand_out(profile, policy, demonstrations, recorder)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name in transformers
-        trainer = MaskedGRPOTrainer(
+        trainer = (PPOTrainer if profile.algorithm == "ppo" else MaskedGRPOTrainer)(
             model=policy.model if profile.lora_r else copy.deepcopy(policy.model),
             processing_class=policy.tokenizer,
             args=trl_config(profile, run_folder, policy.device),
@@ -271,9 +234,6 @@ def build_trainer(
     if not profile.lora_r and profile.beta and profile.algorithm in REINFORCED:
         trainer.beta, trainer.ref_model = profile.beta, copy.deepcopy(policy.model).eval().requires_grad_(False)
         add_fused_lm_head(trainer.ref_model, temperature=trainer.temperature)
-    if profile.algorithm == "ppo":
-        hidden = policy.model.config.get_text_config().hidden_size
-        trainer.value_head = ValueHead(hidden).to(policy.device)
     if profile.sampler == "vllm" and profile.algorithm in REINFORCED:
         correct_for_sampler(trainer)
     trainer.remove_callback(PrinterCallback)
@@ -331,268 +291,6 @@ def trl_config(profile: Profile, run_folder: Path, device: torch.device) -> GRPO
     config._n_gpu = min(config.n_gpu, 1)  # several GPUs are several processes, never torch's DataParallel
     config.num_generations = profile.group_size  # TRL refuses 1, which its own advantages cannot use; others can
     return config
-
-
-class MaskedGRPOTrainer(GRPOTrainer):
-    """TRL's trainer with memory bounded in tokens, without padding that nobody needs and without model cards."""
-
-    settings: Profile  # given by build_trainer, as is the value head of PPO
-    value_head: ValueHead | None = None
-    hidden: torch.Tensor  # the policy's last hidden states in the latest forward, (rows, columns, hidden)
-    scored: list[tuple[torch.Tensor, torch.Tensor | None]]  # log-probabilities and values of the latest forwards
-    rewards: torch.Tensor  # of the latest rollouts of all processes, (rollouts, 1)
-
-    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """One optimizer update's gradient, part by part; returns its loss, a scalar whose mean over processes counts.
-
-        TRL's loss of a part is the mean over the part's tokens. Weighted by its share of the tokens of all parts of
-        all processes, the sum is the mean over all tokens: how memory is split changes nothing.
-        """
-        start = time.perf_counter()
-        model.train()
-        if self.value_head is not None:
-            self.value_head.zero_grad()  # the Trainer clears the gradients of its model, and this is no part of it
-        with memory_for("training", self.settings, "micro_batch_tokens"):
-            inputs = self._prepare_inputs(inputs)  # every `updates_per_rollout` steps this rolls out
-            parts = _parts(inputs["prompt_mask"], inputs["completion_mask"], self.settings.micro_batch_tokens)
-            learned = (inputs["completion_mask"] * inputs["tool_mask"]).sum(dim=1)
-            tokens = torch.stack([learned[rows].sum() for rows in parts]).float()
-            total = self.accelerator.reduce(tokens.sum(), reduction="sum").clamp(min=1)
-            update = torch.zeros((), device=tokens.device)
-            for rows, weight in zip(parts, tokens / total, strict=True):
-                part = {key: x[rows] if torch.is_tensor(x) and x.dim() else x for key, x in inputs.items()}
-                # Gradients travel between processes once, with the last part, and are averaged.
-                with nullcontext() if rows is parts[-1] else self.accelerator.no_sync(model):
-                    with self.compute_loss_context_manager(), self._alone():
-                        loss = self.compute_loss(model, part) * weight * self.accelerator.num_processes
-                    self.accelerator.backward(loss)
-                update += loss.detach()
-        self._merge_metrics(tokens, total)
-        self._step += 1
-        self._metrics["train"]["step_time"].append(time.perf_counter() - start)
-        return update
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """TRL gathers metrics of all processes with each loss, but their parts differ in number and in size."""
-        self.accelerator.gather = self.accelerator.reduce = lambda tensor, **_: tensor
-        try:
-            yield
-        finally:
-            del self.accelerator.gather, self.accelerator.reduce  # the instance's; the methods are there again
-
-    def _merge_metrics(self, tokens: torch.Tensor, total: torch.Tensor) -> None:
-        """From one mean a part of this process to one over all tokens of the update. `tokens` (parts,), `total` ()."""
-        noted = self._metrics["train"]
-        for name in ("clip_ratio/low_min", "clip_ratio/high_max"):  # no means; of no use
-            noted.pop(name, None)
-        if ratios := noted.get("ratio_max"):
-            ratios[-len(tokens) :] = [max(ratios[-len(tokens) :])]
-        for name in TOKEN_MEANS:
-            if values := noted.get(name):
-                own = tokens @ torch.tensor(values[-len(tokens) :], device=tokens.device)
-                values[-len(tokens) :] = [(self.accelerator.reduce(own, reduction="sum") / total).item()]
-
-    def _compute_loss(self, model, inputs) -> torch.Tensor:
-        if self.settings.algorithm not in REINFORCED:
-            return cross_entropy(self, model, inputs)
-        beta, self.scored = self.beta, []
-        if self.settings.algorithm == "ppo":
-            self.beta = 0.0  # its KL is in the reward
-        try:
-            loss = super()._compute_loss(model, inputs)
-        finally:
-            self.beta = beta
-        logprobs, values = self.scored[-1]
-        mask = inputs["completion_mask"] * inputs["tool_mask"]
-        old = logprobs.detach() if inputs.get("old_per_token_logps") is None else inputs["old_per_token_logps"]
-        if "ratio_over_retrieved" in self.settings.defects:
-            whole = inputs["completion_mask"]
-            loss = loss + defects.leak(logprobs, old, inputs["advantages"], mask, whole, self.settings.epsilon)
-        with torch.no_grad():
-            self._metrics["train"]["ratio_max"].append((((logprobs - old) * mask).exp() * mask).max().item())
-        if self.settings.algorithm == "ppo":
-            valued = inputs["completion_mask"] if "unmasked_values" in self.settings.defects else mask
-            error = value_loss(values, inputs["old_values"], inputs["returns"], valued)
-            self._metrics["train"]["value_loss"].append(error.item())
-            self._metrics["train"]["kl"].append(
-                masked_mean(k3_kl(logprobs.detach(), inputs["ref_per_token_logps"]), mask).item() if beta else 0.0
-            )
-            loss = loss + error
-        if self.settings.llds_coef:
-            loss = loss + self.settings.llds_coef * likelihood_loss(logprobs, old, inputs["advantages"], mask)
-        return loss
-
-    def _calculate_rewards(self, *arguments) -> torch.Tensor:
-        self.rewards = super()._calculate_rewards(*arguments)
-        return self.rewards
-
-    def _generate_and_score_completions(self, inputs) -> dict[str, Any]:
-        """TRL's batch of rollouts; its advantages replaced where the algorithm is not GRPO."""
-        self.scored = []
-        batch, settings = super()._generate_and_score_completions(inputs), self.settings
-        own = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
-        rewards = self.rewards[:, 0]  # of all processes
-        if {"groups_of_one", "colliding_ids"} & set(settings.defects):
-            batch["advantages"] = defects.regrouped_advantages(rewards, settings)[own]
-        elif settings.algorithm == "reinforce":
-            batch["advantages"] = rewards[own]
-        elif settings.algorithm == "reinforce_baseline":
-            batch["advantages"] = (rewards - rewards.mean())[own]
-        elif settings.algorithm == "ppo":
-            mask = batch["completion_mask"] * batch["tool_mask"]
-            if batch.get("old_per_token_logps") is None:  # TRL needs them from two updates on only
-                whole = [torch.cat([batch[f"prompt_{x}"], batch[f"completion_{x}"]], dim=1) for x in ("ids", "mask")]
-                self.scored = []
-                with torch.no_grad():
-                    self._get_per_token_logps_and_entropies(self.model, *whole, mask.size(1))
-            old, values = self.scored[0]  # the policy's come before the reference's
-            reference = batch["ref_per_token_logps"] if self.beta else old
-            valued = batch["completion_mask"] if "unmasked_values" in settings.defects else mask
-            earned = token_rewards(rewards[own], mask, old, reference, self.beta)
-            advantages, returns = generalised_advantages(earned, values, valued, settings.gamma, settings.gae_lambda)
-            batch |= {"advantages": whitened(advantages, valued), "returns": returns, "old_values": values}
-        self.scored = []
-        return batch
-
-    def create_optimizer(self, *arguments):
-        optimizer = super().create_optimizer(*arguments)
-        if self.value_head is not None and len(optimizer.param_groups) < 3:  # TRL's: with weight decay and without
-            rate = VALUE_STEP / self.value_head.linear.in_features
-            optimizer.add_param_group({"params": list(self.value_head.parameters()), "lr": rate, "weight_decay": 0.0})
-        return optimizer
-
-    def _save_checkpoint(self, *arguments) -> None:
-        super()._save_checkpoint(*arguments)
-        if self.value_head is not None:
-            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-            torch.save(self.value_head.state_dict(), folder / VALUE_HEAD)
-
-    def _load_from_checkpoint(self, checkpoint: str, *arguments) -> None:
-        super()._load_from_checkpoint(checkpoint, *arguments)
-        if self.value_head is not None:
-            self.value_head.load_state_dict(torch.load(Path(checkpoint) / VALUE_HEAD, weights_only=True))
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """While this lasts, `hidden` is what the model's body gives to its output layer."""
-        if self.value_head is None:
-            yield
-            return
-        model = self.accelerator.unwrap_model(self.model)
-        body = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
-        handle = body.register_forward_hook(lambda *call: setattr(self, "hidden", call[-1][0]))
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _values(self, tokens: int) -> torch.Tensor | None:
-        """Values of the latest forward before each of its last `tokens` tokens, (rows, tokens); only PPO has some."""
-        return None if self.value_head is None else self.value_head(self.hidden[:, -tokens - 1 : -1])
-
-    def _get_per_token_logps_and_entropies(
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **options
-    ):
-        """TRL pads every row to the longest of the step; here only what is in use is computed.
-
-        Rows are independent of each other, so those of like length go together, no more than `micro_batch_tokens`
-        allows, without the columns that none of them needs. Left-out places come back as zeros, which the masks take
-        out.
-        """
-        masks = attention_mask[:, :-logits_to_keep], attention_mask[:, -logits_to_keep:]
-        parts = _parts(*masks, self.settings.micro_batch_tokens)
-        scored = []
-        for rows in parts:
-            used = attention_mask[rows].any(dim=0).nonzero()
-            first, last = int(used[0]), int(used[-1]) + 1
-            unused = input_ids.size(1) - last
-            with self._watched():
-                logps, entropies = self._score(
-                    model,
-                    input_ids[rows, first:last],
-                    attention_mask[rows, first:last],
-                    logits_to_keep - unused,
-                    options,
-                )
-            values = self._values(logps.size(1))
-            found = (logps, entropies, values)
-            scored.append([None if x is None else torch.nn.functional.pad(x, (0, unused)) for x in found])
-        back = torch.cat(parts).argsort()
-        logps, entropies, values = (None if x[0] is None else torch.cat(x)[back] for x in zip(*scored, strict=True))
-        self.scored.append((logps, values))
-        return logps, entropies, None
-
-    def _score(
-        self, model, ids: torch.Tensor, mask: torch.Tensor, keep: int, options: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """TRL's log-probabilities and entropies of the last `keep` columns; what all prompts begin with is read once.
-
-        `ids` and `mask` are (rows, columns), padded on both sides. Exact but for rounding, with the same gradient. Not
-        with gradient checkpointing, which cannot keep keys and values, nor in several processes.
-        """
-        alone = self.accelerator.num_processes == 1 and not self.settings.gradient_checkpointing
-        shared = shared_prefix(ids, mask, keep) if alone else 0
-        if shared < LEAST_SHARED:
-            return super()._get_per_token_logps_and_entropies(model, ids, mask, keep, **options)[:2]
-        begin = mask.argmax(dim=1, keepdim=True)
-        columns = torch.arange(ids.size(1) - shared, device=ids.device).expand(len(ids), -1)
-        columns = columns + shared * (columns >= begin)  # of the rest, after the left padding
-        rest, rest_mask = ids.gather(1, columns), mask.gather(1, columns)
-        labels = rest.masked_fill(rest_mask == 0, -100)
-        labels[:, :-keep] = -100
-        with self.accelerator.autocast():
-            start = int(begin[0])
-            read = model(input_ids=ids[:1, start : start + shared], use_cache=True, logits_to_keep=1)
-            read.past_key_values.batch_repeat_interleave(len(ids))
-            out = model(
-                input_ids=rest,
-                attention_mask=torch.cat([torch.ones_like(ids[:, :shared]), rest_mask], dim=1),
-                position_ids=shared + (rest_mask.cumsum(dim=1) - 1).clamp(min=0),
-                past_key_values=read.past_key_values,
-                labels=labels,
-                fused_lm_head=True,
-            )
-        return out.log_probs[:, -keep:], out.entropy[:, -keep:] if options.get("compute_entropy") else None
-
-    def create_model_card(self, *arguments, **options) -> None:
-        """Checkpoints here are for going on, not for publishing."""
-
-
-def split_rows(prompts: list[int], completions: list[int], tokens: int) -> list[list[int]]:
-    """Rows in parts, longest first, each of `tokens` at most, padding included; a longer row is a part alone.
-
-    `prompts` and `completions` are lengths. A part is as wide as its longest prompt, padded on the left, and its
-    longest completion, padded on the right, together.
-    """
-    parts: list[list[int]] = []
-    for row in sorted(range(len(prompts)), key=lambda row: -prompts[row] - completions[row]):
-        rows = [*parts[-1], row] if parts else []
-        width = max((prompts[r] for r in rows), default=0) + max((completions[r] for r in rows), default=0)
-        if rows and len(rows) * width <= tokens:
-            parts[-1] = rows
-        else:
-            parts.append([row])
-    return parts
-
-
-def shared_prefix(ids: torch.Tensor, mask: torch.Tensor, keep: int) -> int:
-    """How many tokens all rows begin with, after their left padding, before the last token of the shortest prompt.
-
-    `ids` and `mask` are (rows, columns), prompts in all columns but the last `keep`.
-    """
-    begin = mask.argmax(dim=1, keepdim=True)
-    shortest = ids.size(1) - keep - int(begin.max()) - 1  # a prompt's last token predicts its completion's first
-    if len(ids) < 2 or shortest < 1:
-        return 0
-    heads = ids.gather(1, begin + torch.arange(shortest, device=ids.device))
-    return int((heads == heads[:1]).all(dim=0).cumprod(dim=0).sum())
-
-
-def _parts(prompt_mask: torch.Tensor, completion_mask: torch.Tensor, tokens: int) -> list[torch.Tensor]:
-    """`split_rows` for masks (rows, columns)."""
-    lengths = (mask.sum(dim=1).tolist() for mask in (prompt_mask, completion_mask))
-    return [torch.tensor(rows, device=prompt_mask.device) for rows in split_rows(*lengths, tokens)]
 
 
 def reward_of_rollout(prompts: list, completions: list, reward: list[float], **_: Any) -> list[float]:
