@@ -270,6 +270,23 @@ def test_full_fine_tuning_moves_all_weights_of_a_copy(policy, tmp_path, forge):
     assert trainer.compute_loss(trainer.model, inputs) < before
 
 
+@pytest.mark.parametrize("updates", [1, 2])
+def test_ppo_without_an_adapter_has_the_values_of_the_policy(policy, tmp_path, forge, updates):
+    """The KL's reference is then a model of its own, and its rows are not all as long as each other."""
+    profile = tiny(
+        algorithm="ppo", quantization="none", lora_r=0, beta=0.04, updates_per_rollout=updates, micro_batch_tokens=64
+    )
+    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
+    torch.nn.init.normal_(trainer.value_head.linear.weight, std=0.1)
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    ids = tuple(inputs["completion_ids"][0, : int(inputs["completion_mask"][0].sum()) - 1].tolist())
+    one = next(one for one in forge if one.completion_ids == ids)
+    with torch.no_grad():
+        read = trainer.model(torch.tensor([[*one.prompt_ids, *ids]]), output_hidden_states=True)
+        values = trainer.value_head(read.hidden_states[-1][0, len(one.prompt_ids) - 1 : -1])
+    close(inputs["old_values"][0, : len(ids)], values, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

@@ -31,7 +31,7 @@ class PPOTrainer(MaskedGRPOTrainer):
     With the defect "unmasked_values" values, advantages and whitening are over all tokens, as in the original.
     """
 
-    hidden: torch.Tensor  # the policy's last hidden states in the latest forward, (rows, columns, hidden)
+    hidden: torch.Tensor  # the last hidden states of the latest forward, (rows, columns, hidden)
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -86,14 +86,14 @@ class PPOTrainer(MaskedGRPOTrainer):
         return mask if "unmasked_values" in self.settings.defects else mask * batch["tool_mask"]
 
     def _score(self, model, ids, mask, keep, options) -> tuple[torch.Tensor | None, ...]:
-        with self._watched():
+        with self._watched(model):
             logps, entropies = super()._score(model, ids, mask, keep, options)
         return logps, entropies, self.value_head(self.hidden[:, -keep - 1 : -1])
 
     @contextmanager
-    def _watched(self) -> Iterator[None]:
-        """While this lasts, `hidden` is what the model's body gives to its output layer."""
-        model = self.accelerator.unwrap_model(self.model)
+    def _watched(self, model) -> Iterator[None]:
+        """While this lasts, `hidden` is what the body of a model, the policy or its reference, gives to the head."""
+        model = self.accelerator.unwrap_model(model)
         body = (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model
         handle = body.register_forward_hook(lambda *call: setattr(self, "hidden", call[-1][0]))
         try:
