@@ -179,7 +179,7 @@ def test_ppo_in_the_trainer_is_the_one_by_hand(policy, tmp_path, forge, updates,
         white = (gained - everything.mean()) / everything.std(ddof=1)
         np.testing.assert_allclose(inputs["advantages"][row, places], white, atol=1e-4)
         np.testing.assert_allclose(inputs["returns"][row, places], returns, atol=1e-5)
-        np.testing.assert_allclose(inputs["old_values"][row, places], values, atol=1e-5)
+        np.testing.assert_allclose(inputs["old_values"][row, places], values, atol=1e-5, rtol=1e-4)
 
     move(trainer, 1)  # as an update would
     torch.nn.init.normal_(trainer.value_head.linear.weight, std=0.1)
@@ -284,7 +284,7 @@ def test_ppo_without_an_adapter_has_the_values_of_the_policy(policy, tmp_path, f
     with torch.no_grad():
         read = trainer.model(torch.tensor([[*one.prompt_ids, *ids]]), output_hidden_states=True)
         values = trainer.value_head(read.hidden_states[-1][0, len(one.prompt_ids) - 1 : -1])
-    close(inputs["old_values"][0, : len(ids)], values, atol=1e-5)
+    close(inputs["old_values"][0, : len(ids)], values, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
