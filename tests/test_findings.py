@@ -129,7 +129,11 @@ def test_a_claim_about_one_arm_over_time():
     turned = judge({**claim, "more": claim["less"], "less": claim["more"]}, record, "x.json")
     assert turned["verdict"] == "disagrees"
     alike = {**SAID, "arm": "with", "alike": ["after.mean_searches_by_hops.3", 3], "within": 0.5}
-    assert judge(alike, record, "x.json")["verdict"] == "agrees"
+    found = judge(alike, record, "x.json")
+    assert found["verdict"] == "agrees"
+    assert measured(found) == (  # the number that it is compared with was not measured
+        "with: searches a held-out question of three hops 3.00 [3.00, 3.00]; difference +0.00 [+0.00, +0.00], 2 seeds"
+    )
 
 
 def test_errors_name_the_arm_the_measure_and_what_there_is(tmp_path):

@@ -54,6 +54,8 @@ MEASURES = {
     "drop": "exact match in training, from the best three steps to the last three",
     "searches": "searches a held-out question",
     "answer_rate": "share of held-out questions answered",
+    "after.mean_searches_by_hops.1": "searches a held-out question of one hop",
+    "after.mean_searches_by_hops.3": "searches a held-out question of three hops",
 }
 # Columns of metrics.jsonl, for axes and sentences
 COLUMNS = {"exact_match": "exact match in training", "searches": "searches in training"}
@@ -214,7 +216,9 @@ def measured(finding: Record) -> str:
         return finding.get("reason", "no seed of both sides is finished yet")
     what = in_words(finding["measure"]) if "measure" in finding else finding["arm"]
     name = str if "measure" in finding else in_words
-    sides = "; ".join(f"{name(side['name'])} {with_interval(side)}" for side in finding["sides"])
+    claimed = finding.get("alike") or [finding["more"], finding["less"]]  # a number needs no measuring
+    both = [side for side, its in zip(finding["sides"], claimed, strict=True) if isinstance(its, str)]
+    sides = "; ".join(f"{name(side['name'])} {with_interval(side)}" for side in both)
     gap, seeds = finding["difference"], len(finding["seeds"])
     told = f"{what}: {sides}; difference {with_interval(gap, signed=True)}, {seeds} seed{'s' * (seeds > 1)}"
     if finding["verdict"] != "not separated":
