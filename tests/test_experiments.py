@@ -70,7 +70,7 @@ def test_each_experiment_can_be_run(name):
     assert all(f"{slug(profile, base)}-seed{profile.seed}" == run for run, (_, profile) in runs.items())
     rollouts = sum(profile.rollouts_per_step for _, profile in runs.values())
     if name != SMOKE:
-        assert experiment.minutes == pytest.approx(37 * rollouts / 30 / 60, rel=0.5) and experiment.minutes <= 45
+        assert experiment.minutes == pytest.approx(48 * rollouts / 30 / 60, rel=0.5) and experiment.minutes <= 45
     seeds = 1 if name == SMOKE else 5 if name in ("mask", "algorithms", "group_size", "topk") else 3
     assert len(experiment.seeds) == seeds
 
