@@ -2,12 +2,14 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 
 from searchr1_lite.analysis.findings import with_interval
 from searchr1_lite.analysis.summary import markdown_table
 from searchr1_lite.config import ROOT, load_profile
+from searchr1_lite.experiments.plan import load_experiment
 from searchr1_lite.pretraining.transcripts import HABITS
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -59,6 +61,18 @@ def test_the_claims_quoted_are_those_of_the_findings():
         one = found[claim]
         assert (paper, seeds, verdict) == (one["paper"], str(len(one["seeds"])), one["verdict"])
         assert difference == with_interval(one["difference"], signed=True)
+    counts = Counter(one["verdict"] for one in found.values())
+    agree, disagree, unknown = (counts[verdict] for verdict in ("agrees", "disagrees", "not separated"))
+    assert f"{agree} agree, {disagree} disagree and {unknown} cannot be told apart" in README
+
+
+def test_the_time_of_the_experiments_is_that_of_their_runs():
+    records = [json.loads(path.read_text()) for path in (ROOT / "data/results/experiments").glob("*.json")]
+    runs = {run["run"]: run["seconds"] for record in records for arm in record["arms"].values() for run in arm}
+    assert len(records) == 12 and len(runs) == 177
+    assert sum(runs.values()) / 2 < 4 * 3600 and "all together less than four hours" in README  # two at a time
+    minutes = [load_experiment(record["experiment"]).minutes for record in records]
+    assert f"Each takes {min(minutes):g} to {max(minutes):g} minutes" in README
 
 
 def results(name: str) -> dict:

@@ -297,7 +297,8 @@ def draw_ends(axes: Axes, record: Record) -> None:
 def picture(record: Record) -> Figure:
     """Training by step on the left, the end on the right."""
     columns, arms = PANELS.get(record["experiment"], ("exact_match",)), len(record["arms"])
-    size, widths = (4.2 + 2.6 * len(columns), max(2.6, 0.9 + 0.22 * arms)), [1.4] * len(columns) + [1]
+    names = 0.07 * max(0, max(map(len, record["arms"])) - 20)  # inches for what a common name does not take
+    size, widths = (4.2 + 2.6 * len(columns) + names, max(2.6, 0.9 + 0.22 * arms)), [1.4] * len(columns) + [1]
     figure, panels = plt.subplots(1, len(widths), figsize=size, dpi=DPI, layout="constrained", width_ratios=widths)
     for axes, column in zip(panels, columns, strict=False):
         draw_steps(axes, record, column)
