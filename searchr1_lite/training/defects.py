@@ -1,8 +1,8 @@
 """Known faults of Search-R1 and of its relatives, each a switch: what they do can be looked at, and trained with.
 
 `Profile.defects` names the ones that are on; by default none is. The others are one line each where they belong:
-kl_sign in `trainer.trl_config` (Search-R1 before commit 4b3c094), bf16_lora in `trainer.build_trainer` (TRL casts so),
-unmasked_values in the trainer's PPO (verl core_algos.py and dp_critic.py), truncated_closing_tag in
+kl_sign (Search-R1 before commit 4b3c094) and bf16_lora (TRL casts so) in `trainer.build_trainer`,
+unmasked_values in ppo.py (verl core_algos.py and dp_critic.py), truncated_closing_tag in
 `protocol.encode_observation` (search_r1/llm_agent/generation.py, _process_next_obs), stale_updates and which of them
 can go with which settings in config.py. Shown one by one in notebook 10. Left out: faults of the original that cannot
 be made with this code, as a retriever that crashes.
