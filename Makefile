@@ -8,7 +8,7 @@
 # make retrievers  train with every kind of retriever, from oracle to empty, three seeds each
 # make ten-ways   the paper's ways to answer, trained and compared, three seeds (SEEDS="0": one)
 # make experiment NAME=mask   one of the paper's experiments from nothing: train, sum up (5 to 41 minutes)
-# make experiments   all twelve, one after another (less than four hours; stopped, it goes on)
+# make experiments   all thirteen, one after another (less than four hours; stopped, it goes on)
 # make findings   compare what they gave with what the paper says
 # make tiny-base  pretrain the tiny model again
 # make tiny-instruct  tune it to follow instructions again
