@@ -292,9 +292,10 @@ def test_runs_made_otherwise_are_refused(tmp_path):
     settings = yaml.safe_load(config.read_text())
     config.write_text(yaml.safe_dump({key: x for key, x in settings.items() if key != "defects"}))
     sum_up(experiment, runs)  # a setting younger than the run had its default there
-    config.write_text(yaml.safe_dump(settings | {"topk": 7}))
-    with pytest.raises(ExperimentError, match=r"base-seed0: made with another topk; delete it"):
-        sum_up(experiment, runs)
+    for key in ("topk", "seed"):  # of another seed: a folder that was copied and renamed
+        config.write_text(yaml.safe_dump(settings | {key: 7}))
+        with pytest.raises(ExperimentError, match=rf"base-seed0: made with another {key}; delete it"):
+            sum_up(experiment, runs)
     config.write_text(yaml.safe_dump(settings))
     file = runs / "masked=False-seed0/environment.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"date": "2025", "versions": {"torch": "1"}}))
