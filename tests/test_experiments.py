@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ def train_run(profile: Profile, run_folder: Path) -> None:
     print("made", run_folder.name, "with", profile.seed)
     if order == "fail" and not profile.masked:
         raise ValueError("no such luck")
+    if order == "vanish" and not profile.masked:
+        sys.stdout.flush()
+        os._exit(0)
     if order == "die" and profile.seed == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     if order == "sleep":
@@ -157,11 +161,22 @@ def test_runs_are_made_once_and_go_on(tmp_path, capsys):
     assert "0 of 4 runs to make" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_more_runs_go_at_a_time_than_were_asked_for(tmp_path, capsys, workers):
+    run_experiment(load_experiment(written(tmp_path)), tmp_path / "runs", workers, worker=STUB)
+    steps = [
+        {"started": 1, "finished": -1}.get(line.split()[1].strip(",;")) for line in capsys.readouterr().out.splitlines()
+    ]
+    going = list(accumulate(step for step in steps if step))
+    assert max(going) == workers and len(going) == 8 and going[-1] == 0
+
+
 @pytest.mark.parametrize(
     ("order", "failing", "message"),
     [
         ("fail", "masked=False-seed{}", "ValueError: no such luck (exit status 1, "),
         ("die", "{}-seed0", "made {}-seed0 with 0 (exit status -9, "),
+        ("vanish", "masked=False-seed{}", "made masked=False-seed{0} with {0} (exit status 0, "),
     ],
 )
 def test_a_failing_run_does_not_stop_the_others(tmp_path, order, failing, message):
@@ -172,7 +187,7 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, order, failing, messag
         run_experiment(experiment, runs, worker=STUB)
     lines = str(failed.value).splitlines()
     assert lines[0] == "2 runs failed; the same command tries again" and len(lines) == 3
-    for line, value in zip(sorted(lines[1:]), (0, 1) if order == "fail" else ("base", "masked=False"), strict=True):
+    for line, value in zip(sorted(lines[1:]), ("base", "masked=False") if order == "die" else (0, 1), strict=True):
         name = failing.format(value)
         assert line == f"{name} FAILED: {message.format(value)}{runs}/logs/{name}.log)"
     assert len(list(runs.glob("*/evaluation.json"))) == 2
