@@ -24,6 +24,8 @@ class ExperimentError(ValueError):
 
 
 class Experiment(BaseModel):
+    """A checked YAML file: arms by name, each the settings that it changes of BASE, and the seeds of each."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     name: str

@@ -200,8 +200,8 @@ def build_trainer(
 ) -> MaskedGRPOTrainer:
     """A trainer with a fresh fp32 adapter on the policy's model; `order` holds the questions of all steps.
 
-    Without an adapter (`lora_r` 0) it trains a copy of the model, and the KL's reference is another.
-    So do `demonstrations`, `rollouts_per_step` a step, which are then learned from in place of rollouts.
+    Without an adapter (`lora_r` 0) it trains a copy of the model, and the KL's reference is another. An algorithm that
+    makes no rollouts learns from `demonstrations` in their place, `rollouts_per_step` of them a step.
     """
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     recorder = Recorder(profile, run_folder, progress, policy.tokenizer)
