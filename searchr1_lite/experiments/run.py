@@ -67,7 +67,8 @@ def _train(worker: str, profile: Profile, run_folder: Path, log: Path, typed: st
     """In the new process, which does not outlive the one that asked for it."""
     parent = multiprocessing.parent_process().sentinel
     threading.Thread(target=lambda: wait([parent]) and os._exit(1), daemon=True).start()
-    for stream in (1, 2):
-        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
+    for number, stream in ((1, sys.stdout), (2, sys.stderr)):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), number)
+        stream.reconfigure(line_buffering=True)  # a process that is killed has said what it printed
     sys.argv = [str(FOLDER / "__main__.py"), typed, "--seeds", str(profile.seed)]  # for environment.json
     importlib.import_module(worker).train_run(profile, run_folder)
