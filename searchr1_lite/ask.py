@@ -35,9 +35,9 @@ from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import MARKS
+from searchr1_lite.tasks.answers import last_answer
 from searchr1_lite.tasks.questions import QuestionError
 from searchr1_lite.training.__main__ import ERRORS, setting
-from searchr1_lite.training.rewards import last_answer
 from searchr1_lite.types import Question, Retriever
 
 MODEL, ENVIRONMENT, END = "model", "environment", "end"

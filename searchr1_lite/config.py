@@ -16,11 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 INDEX_KINDS = ("bm25", "flat", "hnsw", "ivf-sq8", "ivf-pq")
 CONTROLS = ("oracle", "random", "empty")
 REINFORCED = ("grpo", "ppo", "reinforce", "reinforce_baseline")  # algorithms that learn from rollouts and rewards
-# What is known to go wrong in the original and elsewhere, to be switched on and looked at: training/defects.py
-Defect = Literal[
-    "retokenised_text", "no_stop_at_tag", "mask_by_text", "groups_of_one", "kl_sign", "unmasked_values",
-    "top_p_sampling", "stale_updates", "colliding_ids", "truncated_closing_tag", "ratio_over_retrieved", "bf16_lora",
-]  # fmt: skip
 ELSEWHERE = ("http://", "https://", "online:")  # what begins so is one retriever, whatever else is in it
 PROFILES = Path(__file__).parent / "profiles"
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,14 +75,14 @@ class Profile(BaseModel):
     vllm_url: str = "http://127.0.0.1:8000"
 
     # Learning
-    # The first four learn from rewards: see training/algorithms.py. "sft" learns golden answers, "rejection_sampling"
+    trainer: Literal["loop", "trl"] = "loop"  # training/loop.py, or the same run through TRL's GRPOTrainer
+    # The first four learn from rewards: see training/losses.py. "sft" learns golden answers, "rejection_sampling"
     # the model's own right ones: see training/demonstrations.py
     algorithm: Literal["grpo", "ppo", "reinforce", "reinforce_baseline", "sft", "rejection_sampling"] = "grpo"
     gamma: Fraction = 1.0  # PPO: discount a token
     gae_lambda: Fraction = 1.0  # PPO: 1 trusts the reward, 0 the value head
-    llds_coef: Annotated[float, Field(ge=0)] = 0.0  # keeps likely what was right: training/algorithms.py
+    llds_coef: Annotated[float, Field(ge=0)] = 0.0  # keeps likely what was right: training/losses.py
     stop_early: bool = False  # stop at the first alarm of analysis/health.py, and keep the best checkpoint
-    defects: list[Defect] = []  # known faults to make on purpose, none for a real run: training/defects.py
     masked: bool  # True: learn only from tokens that the model wrote. False: from retrieved tokens too (the ablation)
     # see training/rewards.py
     reward: Literal[
@@ -105,6 +100,10 @@ class Profile(BaseModel):
     warmup_steps: Annotated[int, Field(ge=0)]
     beta: Annotated[float, Field(ge=0)]  # KL coefficient, in the loss
     epsilon: Annotated[float, Field(gt=0)]  # clip range of the importance ratio
+    epsilon_high: Annotated[float, Field(gt=0)] | None = None  # upwards, where it differs (DAPO's clip-higher: 0.28)
+    policy_loss: Literal["clipped", "gspo", "cispo"] = "clipped"  # ratios by token, by sequence, or clipped weights
+    loss_mean: Literal["token", "sequence", "constant"] = "token"  # what the loss is a mean of: losses.loss_weights
+    drop_equal_groups: bool = False  # leave groups whose rewards are all equal out of the update
     entropy_coef: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
     gradient_checkpointing: bool
@@ -128,13 +127,6 @@ class Profile(BaseModel):
             raise ValueError(f"no retriever {wrong[0]!r}; there are {known}, faiss:…, index:…, online:… and http…")
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _stale(cls, settings: Any) -> Any:
-        """The defect stale_updates is a setting of its own: ten updates from one batch of rollouts."""
-        known = isinstance(settings, dict) and isinstance(settings.get("defects"), list | tuple)
-        return settings | {"updates_per_rollout": 10} if known and "stale_updates" in settings["defects"] else settings
-
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
         rollouts = self.questions_per_step * self.group_size
@@ -155,10 +147,10 @@ class Profile(BaseModel):
             raise ValueError(
                 f"noise changes over rollouts, and {self.algorithm} makes none: noise_start = noise_end = 0"
             )
-        for defect in self.defects:
-            met, needed = self._defect_needs(defect)
-            if self.algorithm not in REINFORCED or not met:
-                raise ValueError(f"defects: {defect} needs {needed if not met else 'rollouts'}")
+        if self.drop_equal_groups and (self.algorithm not in REINFORCED or self.group_size < 2):
+            raise ValueError(
+                "drop_equal_groups compares rollouts of a group: it needs rollouts, and group_size above 1"
+            )
         least = self.max_prompt_tokens + self.max_response_tokens
         if self.max_context_tokens < least:
             raise ValueError(
@@ -166,24 +158,6 @@ class Profile(BaseModel):
                 f"max_prompt_tokens + max_response_tokens = {least}"
             )
         return self
-
-    def _defect_needs(self, defect: str) -> tuple[bool, str]:
-        """Whether there is what a defect is a defect of, and what that is."""
-        grpo, local = self.algorithm == "grpo", self.sampler == "local"
-        pairs = self.questions_per_step % 2 == 0 and "groups_of_one" not in self.defects
-        return {
-            "retokenised_text": (local, "sampler local: nobody knows what a server would have thought of the new ids"),
-            "no_stop_at_tag": (local, "sampler local"),
-            "top_p_sampling": (local, "sampler local"),
-            "mask_by_text": (local and self.masked, "masked true, and sampler local"),
-            "groups_of_one": (grpo, "algorithm grpo"),
-            "colliding_ids": (grpo and pairs, "algorithm grpo, an even questions_per_step, and no groups_of_one"),
-            "kl_sign": (self.beta > 0 and self.algorithm != "ppo", "beta above 0, and not PPO, whose KL is a reward"),
-            "unmasked_values": (self.algorithm == "ppo", "algorithm ppo: only that has values"),
-            "truncated_closing_tag": (self.strategy == "search_r1", "strategy search_r1: only that is shown passages"),
-            "ratio_over_retrieved": (local and self.masked and grpo, "algorithm grpo, masked true, and sampler local"),
-            "bf16_lora": (self.lora_r > 0, "an adapter: lora_r above 0"),
-        }.get(defect, (True, ""))
 
     @property
     def rollouts_per_step(self) -> int:

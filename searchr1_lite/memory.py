@@ -19,11 +19,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from searchr1_lite.config import ConfigError, Profile, load_profile, retriever_parts
 from searchr1_lite.rollout.decoding import ENTRIES, READ_ENTRIES, READ_TOKENS
 from searchr1_lite.rollout.policy import PolicyError, load_skeleton
+from searchr1_lite.training.score import LOGITS
 
 GB = 1e9
 CONTEXT = 0.6e9  # CUDA's own context, cuBLAS' workspace and kernels; an allowance, 0.4 to 0.8 by card and driver
 ENCODER = 0.5e9  # e5-base-v2 in 32 bits (109 million parameters) and a batch of queries; an allowance
-TILE = 4096 * 32768  # logits that TRL's fused head has at once (trl/kernels/chunked_logprob.py, trainer/utils.py)
 TOGETHER = (
     "lower rollout_rows, micro_batch_tokens and max_context_tokens together, with sampling_weights=quantized and "
     "gradient_checkpointing=true, or take a smaller model"
@@ -157,8 +157,9 @@ def _training(profile: Profile, shape: Shape) -> dict[str, float]:
     layer = tokens * layer_bytes_per_token(profile, shape) + mask * width
     # Backward through the MLP: gradients of its two halves, and 32-bit ones where LoRA's input was cast
     gradients = tokens * shape.intermediate * (2 * width + 4 * _casts(profile))
-    # TRL's head: its tile; the last norm's 32-bit input, what it reads, and the gradient of that in 32 bits and not
-    head = min(tokens, 4096) * (TILE // 4096) * width + stream * (4 + width + 4 + width)
+    # The head, a part of the tokens at a time: logits, and in 32 bits these, their log-probabilities twice, and
+    # gradients of both; the last norm's 32-bit input, what it reads, and the gradient of that in 32 bits and not
+    head = min(tokens * shape.vocabulary, LOGITS) * (width + 5 * 4) + stream * (4 + width + 4 + width)
     checkpointed = profile.gradient_checkpointing
     return {
         "gradients": 4 * shape.adapter,

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from searchr1_lite.config import ROOT, Profile, load_profile
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.training import trainer as trainer_module
-from searchr1_lite.training.checkpoints import RunFolderError, latest_checkpoint, mark_checkpoint, rewind
+from searchr1_lite.runfolder import RunFolderError
+from searchr1_lite.training.checkpoint import latest_checkpoint, mark_checkpoint, rewind
 from searchr1_lite.types import Question
 
 QUESTIONS = [Question(str(n), f"What is {n}?", ("a",), {"hops": 1}) for n in range(6)]

@@ -17,7 +17,7 @@ from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.tasks.questions import QuestionError
 from searchr1_lite.training import demonstrations
 from searchr1_lite.training import trainer as trainer_module
-from searchr1_lite.training.checkpoints import RunFolderError
+from searchr1_lite.runfolder import RunFolderError
 from searchr1_lite.types import Hit, Passage, Question
 
 RIGHT = "<answer>a</answer>"

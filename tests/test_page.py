@@ -23,7 +23,7 @@ from searchr1_lite.analysis import page as pages
 from searchr1_lite.analysis.page import RunError, Source, load_source, main, write_page
 from searchr1_lite.config import ROOT
 from searchr1_lite.rollout.protocol import render_observation, render_prompt
-from searchr1_lite.training.rewards import last_answer
+from searchr1_lite.tasks.answers import last_answer
 from searchr1_lite.types import Hit, Passage
 
 SIZE = {"width": 1200, "height": 800}

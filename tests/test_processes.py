@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from searchr1_lite.config import ROOT, ConfigError, load_profile
 from searchr1_lite.training import __main__ as command
-from searchr1_lite.training.checkpoints import read_json
+from searchr1_lite.runfolder import read_json
 from searchr1_lite.training.trainer import check_processes
 
 SETTINGS = {

@@ -13,17 +13,8 @@ from hypothesis import strategies as st
 from searchr1_lite.config import ROOT
 from searchr1_lite.rollout.protocol import render_prompt
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
-from searchr1_lite.training.rewards import (
-    exact_match,
-    f1,
-    format_reward,
-    has_valid_format,
-    last_answer,
-    normalize_answer,
-    read_with_prompt,
-    substring_match,
-    trajectory_reward,
-)
+from searchr1_lite.tasks.answers import exact_match, f1, last_answer, normalize_answer, substring_match
+from searchr1_lite.training.rewards import format_reward, has_valid_format, read_with_prompt, trajectory_reward
 from searchr1_lite.types import Question
 
 RECORDED = Path(ROOT).parent / "shared/data/wiki18/trajectories.jsonl.gz"

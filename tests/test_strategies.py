@@ -10,7 +10,7 @@ from searchr1_lite.retrieval.controls import Empty
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import load_policy
 from searchr1_lite.rollout.protocol import PROMPTS, encode_prompt
-from searchr1_lite.rollout.trajectory import token_pieces
+from searchr1_lite.rollout.rows import token_pieces
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.training.trainer import check_settings
 from searchr1_lite.types import Hit, Passage, QueryRefusedError, RetrievalError

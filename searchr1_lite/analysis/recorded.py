@@ -21,7 +21,8 @@ from searchr1_lite.analysis.runs import RunError
 from searchr1_lite.jsonl import read_rows, write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.rollout.protocol import INVALID_ACTION, parse_action
-from searchr1_lite.training.rewards import TAG, answer_was_retrieved, exact_match, f1, normalize_answer, substring_match
+from searchr1_lite.tasks.answers import exact_match, f1, normalize_answer, substring_match
+from searchr1_lite.training.rewards import TAG, answer_was_retrieved
 
 Row = dict[str, Any]
 

@@ -34,7 +34,7 @@ from searchr1_lite.evaluation.metrics import bootstrap_interval, holm, mean, pai
 from searchr1_lite.jsonl import read_rows, write_json, write_whole
 from searchr1_lite.plain import plain
 from searchr1_lite.provenance import command
-from searchr1_lite.training.rewards import exact_match, f1, substring_match
+from searchr1_lite.tasks.answers import exact_match, f1, substring_match
 
 Record = dict[str, Any]
 

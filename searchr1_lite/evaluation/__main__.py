@@ -47,10 +47,10 @@ from searchr1_lite.plain import plain
 from searchr1_lite.retrieval.cache import remembered
 from searchr1_lite.retrieval.load import load_retriever
 from searchr1_lite.rollout.policy import Policy, PolicyError, load_policy, with_adapter
+from searchr1_lite.runfolder import RunFolderError, check_same_run, fingerprint, is_finished, read_json
+from searchr1_lite.tasks.questions import held_out
 from searchr1_lite.training.__main__ import ERRORS, setting
-from searchr1_lite.training.checkpoints import RunFolderError, check_same_run, fingerprint, is_finished, read_json
-from searchr1_lite.training.recording import environment
-from searchr1_lite.training.trainer import held_out
+from searchr1_lite.training.record import environment
 from searchr1_lite.types import Question, RetrievalError, Retriever
 
 SECONDS_BETWEEN_WRITES = 1.0  # what is lost where an evaluation is cut off, besides what was under way

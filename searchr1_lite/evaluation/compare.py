@@ -21,7 +21,7 @@ from searchr1_lite.config import Profile, load_profile
 from searchr1_lite.evaluation.__main__ import evaluate_into
 from searchr1_lite.plain import plain
 from searchr1_lite.training.__main__ import ERRORS, setting
-from searchr1_lite.training.trainer import train
+from searchr1_lite.training.loop import train
 
 
 class Way(NamedTuple):

@@ -14,8 +14,9 @@ from searchr1_lite.evaluation.strategies import STRATEGIES, Attempt, answer
 from searchr1_lite.retrieval.controls import Empty
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.trajectory import Trajectory, trajectory_to_row
-from searchr1_lite.training.rewards import exact_match, f1, substring_match
+from searchr1_lite.rollout.rows import trajectory_to_row
+from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.tasks.answers import exact_match, f1, substring_match
 from searchr1_lite.types import Question, Retriever
 
 Answered = Trajectory | Attempt

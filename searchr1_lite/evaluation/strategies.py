@@ -29,7 +29,7 @@ from searchr1_lite.rollout.protocol import (
 )
 from searchr1_lite.rollout.trajectory import OfTurns, Trajectory, Turn
 from searchr1_lite.rollout.weights import plain_weights
-from searchr1_lite.training.rewards import last_answer
+from searchr1_lite.tasks.answers import last_answer
 from searchr1_lite.types import Hit, QueryRefusedError, Question, Retriever
 
 RAG_PROMPT = (  # Search-R1, scripts/data_process/nq_rag.py

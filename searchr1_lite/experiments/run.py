@@ -16,7 +16,7 @@ from pathlib import Path
 
 from searchr1_lite.config import Profile
 from searchr1_lite.experiments.plan import FOLDER, Experiment, ExperimentError
-from searchr1_lite.training.checkpoints import is_finished
+from searchr1_lite.runfolder import is_finished
 
 WORKER = "searchr1_lite.experiments.worker"  # a module with train_run(profile, run_folder)
 

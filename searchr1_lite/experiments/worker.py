@@ -12,7 +12,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from searchr1_lite.config import Profile
-from searchr1_lite.training.trainer import train
+from searchr1_lite.training.loop import train
 
 
 def train_run(profile: Profile, run_folder: Path) -> None:

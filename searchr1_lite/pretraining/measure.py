@@ -20,10 +20,10 @@ from searchr1_lite.pretraining.transcripts import Writer
 from searchr1_lite.retrieval.sparse import BM25Retriever
 from searchr1_lite.rollout.policy import Policy, load_policy
 from searchr1_lite.rollout.protocol import encode_prompt
+from searchr1_lite.tasks.answers import exact_match
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.tasks.toy_world import ToyWorld
-from searchr1_lite.training.recording import environment
-from searchr1_lite.training.rewards import exact_match
+from searchr1_lite.training.record import environment
 
 
 @torch.no_grad()

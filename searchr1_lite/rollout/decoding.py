@@ -7,17 +7,17 @@ the entries of a group's prompt (each copy has its own), and models whose layers
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import torch
 from transformers import Cache
 
+from searchr1_lite.rollout.cuda_graphs import Record, Recorded
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import CLOSING_TAGS
 
 Pick = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, torch.Tensor]]
-Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 READ_TOKENS = 8192  # tokens of prompts or observations in one forward, at most; a longer one goes alone
 READ_ENTRIES = 2**16  # and entries that it sees, rows times the longest: keys and values are repeated for query heads
 ENTRIES = 256  # the cache grows by as many at a time
@@ -28,7 +28,7 @@ class LocalWriter:
 
     `pick(logits, rows)` chooses the tokens: logits (n, vocabulary) in 32 bits, of these rows; it returns ids (n,) and
     their log-probabilities (n,). Without it they are sampled, each row from its own stream of random numbers, from
-    the full softmax at `temperature`. `record`, see `_Recorded`, is `cuda_graph` or nothing.
+    the full softmax at `temperature`. `record`, see `Recorded` in cuda_graphs.py, is `cuda_graph` or nothing.
     """
 
     patience = 4  # steps between an observation's search and its reading; rows that ask about then are read together
@@ -46,7 +46,7 @@ class LocalWriter:
         self.pick, self.temperature = pick or self._sample, temperature
         self.stops = Stops(policy)
         self.cache = _Cache(capacity)
-        self.recorded = _Recorded(policy, self.cache, record) if record else None
+        self.recorded = Recorded(policy, self.cache, record, ENTRIES, _read) if record else None
         self.slots: list[int | None] = [None] * capacity  # the row in each slot
         self.active = 0  # rows that write; they are in the first slots
         self.lengths = np.zeros(capacity, dtype=np.int64)  # tokens read, by slot
@@ -305,66 +305,3 @@ class _Cache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.width
-
-
-class _Recorded:
-    """Steps of fixed shape, each recorded once and then repeated without Python in between.
-
-    Rows are rounded up to a multiple of 8 and entries to one of ENTRIES, so few recordings serve a rollout. A row too
-    many reads padding into its slot's last entry, which nothing looks at. When the cache grows, recordings are made
-    anew. `record` takes a step and gives what repeats it, returning the same tensor (n, vocabulary) filled again.
-    """
-
-    def __init__(self, policy: Policy, cache: _Cache, record: Record) -> None:
-        self.policy, self.cache, self.record = policy, cache, record
-        self.inputs = torch.zeros((3, cache.slots, 1), dtype=torch.long, device=policy.device)
-        self.steps: dict[tuple[int, int, int], Callable[[], torch.Tensor]] = {}
-
-    def step(self, tokens: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
-        n, entries = len(tokens), self.cache.entries
-        rows, width = (
-            min(-(-n // 8) * 8, self.cache.slots),
-            min(-(-(int(lengths.max()) + 1) // ENTRIES) * ENTRIES, entries),
-        )
-        inputs = np.zeros((3, rows, 1), dtype=np.int64)  # ids, positions, places
-        inputs[2] = entries - 1
-        inputs[:, :n, 0] = tokens, lengths, lengths
-        self.inputs[:, :rows] = torch.from_numpy(inputs).to(self.inputs.device)
-        key = rows, width, entries
-        if key not in self.steps:
-            self.steps = {known: step for known, step in self.steps.items() if known[2] == entries}
-            ids, positions, places = self.inputs[:, :rows]
-            slots, model = slice(0, rows), self.policy.model
-            self.steps[key] = self.record(lambda: _read(model, self.cache, slots, ids, positions, places, width))
-        return self.steps[key]()[:n].clone()
-
-
-def cuda_graph(step: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Record a step as a CUDA graph, after a run on a stream of its own for what kernels set up once."""
-    autocast = partial(
-        torch.autocast,
-        "cuda",
-        torch.get_autocast_dtype("cuda"),
-        torch.is_autocast_enabled("cuda"),
-        cache_enabled=False,  # a cached cast would be recorded as if it were made once
-    )
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside), autocast():
-        step()
-    torch.cuda.current_stream().wait_stream(beside)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_graph_pool()), autocast():
-        logits = step()
-
-    def repeat() -> torch.Tensor:
-        graph.replay()
-        return logits
-
-    return repeat
-
-
-@cache
-def _graph_pool():
-    """Memory for all graphs: no two run at once, and what one returns is copied at once."""
-    return torch.cuda.graph_pool_handle()

@@ -20,7 +20,8 @@ import torch
 
 from searchr1_lite.config import ConfigError, Profile
 from searchr1_lite.retrieval.batching import Batcher
-from searchr1_lite.rollout.decoding import LocalWriter, cuda_graph, decode
+from searchr1_lite.rollout.cuda_graphs import cuda_graph
+from searchr1_lite.rollout.decoding import LocalWriter, decode
 from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import (
@@ -222,8 +223,7 @@ class _Loop:
                 continue
             hits = () if found is None else tuple(found.result())
             observation = INVALID_ACTION if found is None else render_observation(hits)
-            whole = "truncated_closing_tag" not in self.profile.defects
-            chunk = encode_observation(self.tokenizer, observation, self.profile.max_observation_tokens, whole)
+            chunk = encode_observation(self.tokenizer, observation, self.profile.max_observation_tokens)
             fits = row.tokens + len(chunk) + self.profile.max_response_tokens <= self.limit
             said = row.turns[-1]
             seen = decode(self.tokenizer, chunk) if fits else ""

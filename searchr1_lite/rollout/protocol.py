@@ -106,15 +106,15 @@ def render_passages(hits: Sequence[Hit]) -> str:
     return MARKS.sub(r"[\1]", documents).strip()
 
 
-def encode_observation(tokenizer: Any, text: str, max_tokens: int, keep_tag: bool = True) -> list[int]:
+def encode_observation(tokenizer: Any, text: str, max_tokens: int) -> list[int]:
     """Token ids of an observation, at most `max_tokens`; a cut information block keeps its closing tag.
 
-    The original cuts the tag off with the rest (Search-R1 issue 127), as is done here with `keep_tag` False.
+    The original cuts the tag off with the rest (Search-R1 issue 127).
     """
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)  # it may be longer than the model's context
     if len(ids) <= max_tokens:
         return ids
-    if not (keep_tag and text.endswith(OBSERVATION_END)):
+    if not text.endswith(OBSERVATION_END):
         return ids[:max_tokens]
     end = tokenizer.encode(OBSERVATION_END, add_special_tokens=False)
     if len(end) >= max_tokens:

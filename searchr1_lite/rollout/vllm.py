@@ -10,8 +10,9 @@ this machine's port 8000:
 
 with `--max-loras 2` for two training processes, which load an adapter each. The server must see the folder that
 adapters are saved in. Every turn of every row is a request with all ids so far: vLLM batches the requests and finds
-what it has read in its prefix cache. What it samples is not quite what the learner would have; training/correction.py
-weighs that. Left out: starting the server, keys, and merging into its weights. No run with a real server was made yet.
+what it has read in its prefix cache. What it samples is not quite what the learner would have; `sampler_weights` in
+training/losses.py weighs that. Left out: starting the server, keys, and merging into its weights. No run with a real
+server was made yet.
 """
 
 import json

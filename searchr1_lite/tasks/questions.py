@@ -9,12 +9,13 @@ and files that hold only a rendered `prompt`. The toy world itself is generated 
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+import random
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from searchr1_lite.config import ROOT, resolve_path
+from searchr1_lite.config import ROOT, Profile, resolve_path
 from searchr1_lite.jsonl import id_field, read_rows, text_field
 from searchr1_lite.types import Question
 
@@ -262,3 +263,24 @@ def _load_hub(source: str, split: str, folders: list[str]) -> list[Named]:
         raise QuestionError(f"{source}: no split {split!r}; there are {', '.join(splits)}")
     rows = ((f"{source}[{chosen}]:{number}", row) for number, row in enumerate(splits[chosen], 1))
     return _checked(rows, config or name)
+
+
+def held_out(profile: Profile) -> list[Question]:
+    """The `eval_questions` questions asked before and after training: the same ones whatever the run's seed."""
+    questions = load_questions(profile.questions, profile.test_split)
+    return random.Random(0).sample(questions, min(profile.eval_questions, len(questions)))
+
+
+def question_order(questions: Sequence[Question], profile: Profile) -> list[Question]:
+    """The questions of all steps, one after another: a new shuffle for each pass over them, made from the seed."""
+    if len({question.id for question in questions}) < len(questions):
+        raise ValueError("two training questions share an id; ids must be unique")
+    if len(questions) < profile.questions_per_step:
+        raise ValueError(f"questions_per_step = {profile.questions_per_step}, but there are only {len(questions)}")
+    shuffle, order = random.Random(profile.seed), []
+    needed = profile.steps * profile.questions_per_step
+    while len(order) < needed:
+        # A pass ends with its last whole step, so that no step asks a question twice.
+        whole = len(questions) // profile.questions_per_step * profile.questions_per_step
+        order += shuffle.sample(list(questions), whole)
+    return order[:needed]

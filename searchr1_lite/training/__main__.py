@@ -22,10 +22,10 @@ from searchr1_lite.retrieval.manifest import IndexMismatchError
 from searchr1_lite.rollout.engine import PromptTooLongError
 from searchr1_lite.rollout.policy import PolicyError
 from searchr1_lite.rollout.vllm import VLLMError
+from searchr1_lite.runfolder import RunFolderError
 from searchr1_lite.tasks.questions import QuestionError
-from searchr1_lite.training.checkpoints import RunFolderError
-from searchr1_lite.training.masked_trainer import MemoryFullError
-from searchr1_lite.training.trainer import train
+from searchr1_lite.training.loop import train
+from searchr1_lite.training.preflight import MemoryFullError
 from searchr1_lite.types import RetrievalError
 
 # What a user can put right; a message says it, and a traceback would hide it. Anything else is a fault of ours.

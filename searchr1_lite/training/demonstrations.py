@@ -1,4 +1,4 @@
-"""Demonstrations: trajectories that were chosen, to be made likely. SFT and rejection sampling by the trainer of GRPO.
+"""Demonstrations: trajectories that were chosen, to be made likely. For SFT and rejection sampling.
 
 Both are baselines of the paper (arXiv 2503.09516, section Baselines). SFT learns golden answers. Rejection sampling
 lets the untrained model answer with the search engine, a few times a question, and learns what came out right: whole
@@ -15,10 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from trl import GRPOTrainer
 
 from searchr1_lite.config import ConfigError, Profile
 from searchr1_lite.evaluation.evaluate import progress_line
@@ -27,15 +25,13 @@ from searchr1_lite.retrieval.cache import remembered
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import encode_prompt
-from searchr1_lite.rollout.trajectory import Trajectory, Turn, trajectory_to_row
+from searchr1_lite.rollout.rows import TOKENS, row_to_trajectory, trajectory_to_row
+from searchr1_lite.rollout.trajectory import Trajectory, Turn
 from searchr1_lite.rollout.vllm import VLLMWriter
+from searchr1_lite.runfolder import RunFolderError
+from searchr1_lite.tasks.answers import exact_match
 from searchr1_lite.tasks.questions import QuestionError
-from searchr1_lite.training.checkpoints import RunFolderError
-from searchr1_lite.training.objective import masked_mean
-from searchr1_lite.training.rewards import exact_match
-from searchr1_lite.types import Hit, Passage, Question, Retriever
-
-TOKENS = ("prompt_ids", "completion_ids", "loss_mask", "logprobs")  # what a row here has beside `trajectory_to_row`'s
+from searchr1_lite.types import Question, Retriever
 
 
 def make_demonstrations(
@@ -127,7 +123,7 @@ def right_answers(
         if process.is_main_process:
             write_whole(path, whole)
         process.wait_for_everyone()
-    right = [_trajectory(row) for _, row in read_rows(path, RunFolderError, "demonstrations")]
+    right = [row_to_trajectory(row) for _, row in read_rows(path, RunFolderError, "demonstrations")]
     searches = ", ".join(f"{n} with {count}" for count, n in sorted(Counter(one.searches for one in right).items()))
     tried = len(questions) * profile.group_size
     progress(f"{run_folder.name}: {len(right)} of {tried} candidates are right ({searches} searches)")
@@ -153,25 +149,3 @@ def _sample(
         rows = [trajectory_to_row(one) | {name: getattr(one, name) for name in TOKENS} for one in right]
         write_whole(part, gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode(), mtime=0))
     process.wait_for_everyone()
-
-
-def _trajectory(row: dict[str, Any]) -> Trajectory:
-    """Back from its row. Of the passages that were found the ids are left; their text is in the observation."""
-    turns = []
-    for turn in row["turns"]:
-        hits = tuple(Hit(Passage(key, "", ""), 0.0) for key in turn["hit_ids"])
-        turns.append(Turn(turn["text"], turn["action"], turn["query"], hits, turn["observation"]))
-    asked = Question(**row["question"] | {"golden_answers": tuple(row["question"]["golden_answers"])})
-    return Trajectory(asked, *(tuple(row[name]) for name in TOKENS), tuple(turns), row["finished"], row["stop_reason"])
-
-
-def cross_entropy(trainer: GRPOTrainer, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    """Mean of -log p over the learned tokens of TRL's `inputs`, at temperature 1: a scalar.
-
-    Its gradient is that of the policy loss where every advantage and every ratio is 1.
-    """
-    ids, attention = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], dim=1) for x in ("ids", "mask"))
-    mask = inputs["completion_mask"] * inputs["tool_mask"]
-    scored = trainer._get_per_token_logps_and_entropies(model, ids, attention, mask.size(1), compute_entropy=True)
-    trainer._metrics["train"]["entropy"].append(masked_mean(scored[1], mask).item())
-    return masked_mean(-scored[0], mask)

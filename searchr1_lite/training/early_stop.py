@@ -15,52 +15,49 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save
-from transformers import TrainerCallback
 
 from searchr1_lite.analysis.health import WINDOW, Alarm, alarms
 from searchr1_lite.config import Profile
 from searchr1_lite.jsonl import write_json, write_whole
-from searchr1_lite.training.checkpoints import read_json
+from searchr1_lite.runfolder import read_json
 
 STOPPED = "stopped.json"  # step, kind and message of the alarm, best_step and best_exact_match
 
 
 @dataclass
-class EarlyStop(TrainerCallback):
-    """Comes after the Recorder, whose metrics.jsonl it reads. Only the main process reads and writes."""
+class EarlyStop:
+    """Reads the metrics.jsonl that the Recorder writes. Only the main process reads and writes."""
 
     profile: Profile
     run_folder: Path
     progress: Callable[[str], Any] = print
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def on_train_begin(self, args, state, control, **_) -> None:
-        if state.is_world_process_zero:
+    def forget_after(self, done: int) -> None:
+        """A run begins, or goes on after step `done`: what later steps had left goes."""
+        if PartialState().is_main_process:
             (self.run_folder / STOPPED).unlink(missing_ok=True)
-            done = state.global_step // self.profile.updates_per_rollout
             for step, path in saved_steps(self.run_folder).items():
                 if step > done:
                     path.unlink()
 
-    def on_step_begin(self, args, state, control, model, **_) -> None:
-        if state.global_step % self.profile.updates_per_rollout == 0 and state.is_world_process_zero:
+    def keep(self, model: torch.nn.Module) -> None:
+        """The weights that write a step's rollouts, before it changes them."""
+        if PartialState().is_main_process:
             trained = ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
             self.weights = {name: weight.detach().to("cpu", copy=True) for name, weight in trained}
 
-    def on_log(self, args, state, control, logs: dict[str, float], **_) -> None:
-        if "grad_norm" not in logs:  # the summary after training
-            return
-        alarm = broadcast_object_list([self._look() if state.is_world_process_zero else None])[0]
-        if alarm:
-            control.should_training_stop = True
-            control.should_save = False  # a run that is killed now comes to this step, and this alarm, again
+    def look(self) -> Alarm | None:
+        """After a step: its alarm, in all processes."""
+        return broadcast_object_list([self._look() if PartialState().is_main_process else None])[0]
 
-    def on_save(self, args, state, control, **_) -> None:
-        if state.is_world_process_zero:
-            for path in list(saved_steps(self.run_folder).values())[:-1]:
-                path.unlink()
+    def drop_older(self) -> None:
+        """After a checkpoint: of the steps saved up to it, the best, which is the last, is enough."""
+        for path in list(saved_steps(self.run_folder).values())[:-1]:
+            path.unlink()
 
     def _look(self) -> Alarm | None:
         """Save the step's weights if it is the best so far; the first alarm, if there is one."""

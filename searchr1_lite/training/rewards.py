@@ -8,18 +8,18 @@ counts as right format stay Search-R1's, so that rewards alone differ between ru
 """
 
 import re
-import string
-from collections import Counter
 from collections.abc import Sequence
+from statistics import fmean
 
+from searchr1_lite.config import Profile
 from searchr1_lite.rollout.protocol import render_prompt
 from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.tasks.answers import ANSWER, exact_match, f1, last_answer, normalize_answer, substring_match
 
 RETRIEVAL = 0.1  # what retrieving the answer adds (the 0.3 in the remarks of Search-R1 qa_em_format.py)
 CONSOLATION = 0.1  # for a wrong answer: in right format (ReSearch), or that stood in the refine step (AutoRefine)
 FIRST_STAGE = 1 / 3  # R1-Searcher's first stage, as a share of training (there 350 of 8,498 questions)
 FORMAT_PENALTY = 2.0  # R1-Searcher's second stage (arXiv 2503.05592 and its code for Qwen; for Llama the code takes 1)
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 TAG = re.compile(r"(</?(?:think|search|information|answer)>)")
 
 # Where each tag may stand and where it leads: think, then search, information and think again as often as wanted,
@@ -36,64 +36,10 @@ NEXT_STATE = {
 }
 
 
-def last_answer(response: str) -> str | None:
-    """The text of the last `<answer>...</answer>` of a response, or None."""
-    found = ANSWER.findall(response)
-    return found[-1].strip() if found else None
-
-
-def normalize_answer(text: str) -> str:
-    """Lower case, without ASCII punctuation, English articles and extra space: the SQuAD rules, in their order."""
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
-
-
-def comparable(text: str) -> str:
-    """The text normalised or, where nothing of it would be left ("The The", "?"), itself in lower case."""
-    return normalize_answer(text) or text.strip().lower()
-
-
-def comparable_golden(golden_answers: str | Sequence[str]) -> list[str]:
-    """The golden answers to compare with; a single string is one of them, none at all is a ValueError."""
-    golden_answers = (golden_answers,) if isinstance(golden_answers, str) else tuple(golden_answers)
-    if not golden_answers:
-        raise ValueError("a score needs at least one golden answer, got none")
-    return [comparable(golden) for golden in golden_answers]
-
-
-def exact_match(response: str, golden_answers: str | Sequence[str]) -> float:
-    """1.0 if the last answer of `response` equals a golden answer after normalisation, else 0.0."""
-    answer = comparable(last_answer(response) or "")
-    return float(answer in comparable_golden(golden_answers) and answer != "")
-
-
-def substring_match(response: str, golden_answers: str | Sequence[str]) -> float:
-    """1.0 if a golden answer stands, normalised, within the last answer (Search-R1 qa_em.py, subem_check)."""
-    answer = comparable(last_answer(response) or "")
-    return float(any(golden and golden in answer for golden in comparable_golden(golden_answers)))
-
-
-def f1(response: str, golden_answers: str | Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of the last answer's words against the best golden answer (0 to 1).
-
-    "yes", "no" and "noanswer" get no credit for a shared word: they are right or wrong (HotpotQA's official script).
-    """
-    answer = comparable(last_answer(response) or "")
-    return max(_word_f1(answer, golden) for golden in comparable_golden(golden_answers))
-
-
 def read_with_prompt(response: str, prompt: str) -> str:
     """Prompt and response as one text to score, as the original does, or "" where it has not two answers to read."""
     text = prompt + response
     return text if len(ANSWER.findall(text)) > 1 else ""
-
-
-def _word_f1(answer: str, golden: str) -> float:
-    if answer != golden and {answer, golden} & {"yes", "no", "noanswer"}:
-        return 0.0
-    said, wanted = answer.split(), golden.split()
-    shared = (Counter(said) & Counter(wanted)).total()
-    return 2 * shared / max(1, len(said) + len(wanted))
 
 
 def has_valid_format(response: str) -> bool:
@@ -208,3 +154,19 @@ def _quoted(observation: str) -> str:
     if not observation.strip().startswith("<information>"):
         return TAG.sub("", observation)
     return f"<information>{TAG.sub('', observation)}</information>"
+
+
+def group_rewards(trajectories: Sequence[Trajectory], profile: Profile, progress: float = 1.0) -> list[float]:
+    """Each trajectory's reward, `progress` (0 to 1) through training; one whose search failed has its group's mean.
+
+    So the group's mean is as if the failed one were not there; and no token of it is learned from (score.collate).
+    """
+    kind = profile.reward, profile.reward_reads_prompt, progress
+    rewards = [trajectory_reward(trajectory, *kind) for trajectory in trajectories]
+    for start in range(0, len(rewards), profile.group_size):
+        group = range(start, start + profile.group_size)
+        known = [rewards[n] for n in group if not trajectories[n].search_failed]
+        for n in group:
+            if trajectories[n].search_failed:
+                rewards[n] = fmean(known) if known else 0.0
+    return rewards

@@ -11,7 +11,6 @@ evaluation.json says alone. Rejection sampling leaves demonstrations.jsonl.gz as
 
 import json
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,68 +18,61 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import TrainerCallback
+from accelerate.utils import gather, gather_object
+from torch import Tensor
 
 from searchr1_lite.config import REINFORCED, Profile
 from searchr1_lite.evaluation.metrics import by_hops, mean
 from searchr1_lite.jsonl import append_rows
 from searchr1_lite.provenance import provenance
 from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.trajectory import Trajectory, trajectory_to_row
-from searchr1_lite.training import checkpoints
-from searchr1_lite.training.rewards import exact_match
+from searchr1_lite.rollout.rows import trajectory_to_row
+from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.tasks.answers import exact_match
+from searchr1_lite.training import losses
+from searchr1_lite.training.score import Batch
 
 
 @dataclass
-class Recorder(TrainerCallback):
-    """Writes a run's growing files, marks its checkpoints and says how it goes: in the main process only."""
+class Recorder:
+    """Writes a run's growing files and says how it goes: in the main process only, with figures of all processes."""
 
     profile: Profile
     run_folder: Path
     progress: Callable[[str], Any] = print
     tokenizer: Any = None
-    rollouts: dict[str, Any] = field(default_factory=dict)
-    started: float = 0.0
+    row: dict[str, Any] = field(default_factory=dict)  # of the step that goes on
     step_seconds: list[float] = field(default_factory=list)
+    started: float = 0.0  # trl_trainer.py: when the step began
 
-    def record(self, step: int, trajectories: list[Trajectory], rewards: list[float], seconds: float) -> None:
+    def rollout(
+        self, step: int, trajectories: list[Trajectory], rewards: list[float], seconds: float, cache_hits: int | None
+    ) -> None:
         """What the rollouts of a step say; some of them are kept."""
-        self.rollouts = {"step": step, **rollout_metrics(trajectories, rewards, self.profile.group_size)}
-        self.rollouts["seconds_rollout"] = seconds
-        if step == 1 or step % self.profile.save_trajectories_every == 0:
+        trajectories, rewards = gather_object(trajectories), gather_object(rewards)  # in the order of one process
+        self.row = {"step": step, **rollout_metrics(trajectories, rewards, self.profile.group_size)}
+        self.row |= {} if cache_hits is None else {"cache_hits": cache_hits}
+        self.row["seconds_rollout"] = seconds
+        due = step == 1 or step % self.profile.save_trajectories_every == 0
+        if due and PartialState().is_main_process:
             sampled = self.profile.algorithm != "sft"  # golden answers have no log-probabilities to show
             tokenizer = self.tokenizer if sampled else None
             append_trajectories(self.run_folder, trajectories, rewards, step, "train", tokenizer)
 
-    def on_step_begin(self, args, state, control, **_) -> None:
-        if state.global_step % self.profile.updates_per_rollout == 0:
-            self.started = time.perf_counter()
-
-    def on_log(self, args, state, control, logs: dict[str, float], **_) -> None:
-        if "grad_norm" not in logs or not state.is_world_process_zero:  # without it: the summary after training
+    def update(self, updates: Sequence[dict[str, float | None]], seconds: float) -> None:
+        """The step's line, with the means over its updates (the last one's gradient norm and the largest ratio)."""
+        if not PartialState().is_main_process:
             return
-        seconds = time.perf_counter() - self.started
-        metrics = self.rollouts | {
-            "kl": logs.get("kl"),
-            "entropy": logs["entropy"],
-            "grad_norm": logs["grad_norm"],
-            "clip_ratio": logs.get("clip_ratio/region_mean"),
-            "loss": logs["loss"],
-            "ratio_max": logs.get("ratio_max"),  # of a token's probability now to when it was sampled
-            "value_loss": logs.get("value_loss"),  # PPO's
-            "learning_rate": logs["learning_rate"],
-            "seconds_training": seconds - self.rollouts["seconds_rollout"],
-            "seconds": seconds,
-        }
+        columns = {name: [one[name] for one in updates] for name in updates[0]}
+        means = {name: None if None in values else mean(values) for name, values in columns.items()}
+        last = {name: columns[name][-1] for name in ("grad_norm", "learning_rate")}
+        largest = {"ratio_max": max(columns["ratio_max"])} if None not in columns["ratio_max"] else {}
+        self.row |= means | last | largest
+        self.row |= {"seconds_training": seconds - self.row["seconds_rollout"], "seconds": seconds}
         with (self.run_folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(self.row) + "\n")
         self.step_seconds.append(seconds)
-        self._say(metrics)
-
-    def on_save(self, args, state, control, **_) -> None:
-        PartialState().wait_for_everyone()  # every process has written its part
-        if state.is_world_process_zero:
-            checkpoints.mark_checkpoint(self.run_folder, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._say(self.row)
 
     def _say(self, metrics: dict[str, Any]) -> None:
         step, steps = metrics["step"], self.profile.steps
@@ -98,6 +90,42 @@ class Recorder(TrainerCallback):
                 * bool(metrics["failed_searches"])
             )
         )
+
+
+class Figures:
+    """An update's figures, added up over its parts: means over tokens of all processes.
+
+    `kl` and `entropy` are over the policy's own tokens, whatever is learned from.
+    """
+
+    def __init__(self, profile: Profile, device: torch.device) -> None:
+        self.profile = profile
+        self.sums = torch.zeros(7, device=device)  # loss, value loss, KL, entropy, own tokens; clipped, learned tokens
+        self.ratio_max = torch.zeros(1, device=device)
+
+    def add(self, part: Batch, logprobs: Tensor, entropies: Tensor, loss: Tensor, value_loss: Tensor) -> None:
+        own, mask, profile = part.own * part.mask, part.mask, self.profile
+        ratio = torch.exp((logprobs - (logprobs if part.old_logprobs is None else part.old_logprobs)) * mask)
+        advantages = part.advantages if part.advantages.dim() > 1 else part.advantages.unsqueeze(1)
+        high = profile.epsilon if profile.epsilon_high is None else profile.epsilon_high
+        clipped = ((ratio < 1 - profile.epsilon) & (advantages < 0)) | ((ratio > 1 + high) & (advantages > 0))
+        reference = part.reference_logprobs
+        kl = torch.zeros_like(logprobs) if reference is None else losses.k3_kl(logprobs, reference)
+        sums = ((kl * own).sum(), (entropies * own).sum(), own.sum(), (clipped * mask).sum(), mask.sum())
+        self.sums += torch.stack([loss, value_loss, *sums])
+        self.ratio_max = torch.maximum(self.ratio_max, (ratio * mask).max())
+
+    def means(self) -> dict[str, float | None]:
+        loss, value_loss, kl, entropy, own, clipped, learned = losses.over_processes(self.sums).tolist()
+        from_rewards, per_own = self.profile.algorithm in REINFORCED, max(own, 1)
+        return {
+            "kl": kl / per_own if from_rewards else None,
+            "entropy": entropy / per_own,
+            "clip_ratio": clipped / max(learned, 1) if from_rewards else None,
+            "loss": loss + value_loss,
+            "ratio_max": gather(self.ratio_max).max().item() if from_rewards else None,  # now to when it was sampled
+            "value_loss": value_loss if self.profile.algorithm == "ppo" else None,
+        }
 
 
 def rollout_metrics(trajectories: Sequence[Trajectory], rewards: Sequence[float], group_size: int) -> dict[str, Any]:

@@ -1,0 +1,357 @@
+"""Training, the whole of it: roll out, reward, advantage, loss, update, record, save; and going on after a cut.
+
+What a step computes is in the files named by its lines: rollout/engine.py, rewards.py, score.py, losses.py. A step is
+one batch of rollouts and the `updates_per_rollout` optimizer updates made from it. Started by `accelerate launch`,
+every process works on its share of the questions, gradients are added up, and the result is that of one process.
+`trainer: trl` has TRL's trainer in the place of `fit` (trl_trainer.py). Leaves out: processes without a common disk,
+and merging the adapter into the 4-bit base, which corrupts it.
+"""
+
+import copy
+import os
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import get_constant_schedule_with_warmup, set_seed
+
+from searchr1_lite.config import REINFORCED, Profile, save_config
+from searchr1_lite.jsonl import write_json
+from searchr1_lite.memory import check_memory
+from searchr1_lite.retrieval.cache import remembered
+from searchr1_lite.retrieval.controls import Noisy, noise_share
+from searchr1_lite.retrieval.corpus import load_corpus
+from searchr1_lite.retrieval.load import load_retriever
+from searchr1_lite.rollout.engine import rollout
+from searchr1_lite.rollout.policy import Policy, choose_device, load_policy
+from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollout.vllm import VLLMWriter
+from searchr1_lite.rollout.weights import merged_adapter
+from searchr1_lite.runfolder import check_same_run, fingerprint, is_finished
+from searchr1_lite.tasks.questions import held_out, load_questions, question_order
+from searchr1_lite.training import losses, trl_trainer
+from searchr1_lite.training.checkpoint import latest_checkpoint, load_checkpoint, rewind, save_checkpoint
+from searchr1_lite.training.demonstrations import make_demonstrations
+from searchr1_lite.training.early_stop import EarlyStop, restore_best
+from searchr1_lite.training.held_out import evaluate_after, evaluate_before
+from searchr1_lite.training.preflight import check_processes, check_settings, memory_for
+from searchr1_lite.training.record import Figures, Recorder, environment
+from searchr1_lite.training.rewards import group_rewards
+from searchr1_lite.training.score import Batch, ValueHead, collate, score, split_rows
+from searchr1_lite.types import Question, Retriever
+
+# An update may move a value by about this much: Adam moves each of the `hidden` weights, which read features of about
+# size 1, by a learning rate of VALUE_STEP / hidden. (The original's critic has a rate for all weights of a model.)
+VALUE_STEP = 0.1
+
+
+def train(
+    profile: Profile,
+    run_folder: str | os.PathLike,
+    *,
+    questions: Sequence[Question] | None = None,
+    retriever: Retriever | None = None,
+    policy: Policy | None = None,
+    eval_questions: Sequence[Question] | None = None,
+    progress: Callable[[str], Any] = print,
+) -> Path:
+    """Train as the profile says and return the run folder; what is not given is loaded from what the profile names.
+
+    A run that was cut off goes on from its last checkpoint, to the same result; a finished one is returned as it is.
+    Raises RunFolderError where the folder holds a run with other settings, questions or model, ConfigError for
+    settings that the model, the trainer or the number of processes cannot work with, and MemoryFullError.
+    """
+    run_folder = Path(run_folder)
+    device = policy.device if policy else choose_device(profile.device)
+    process = PartialState(cpu=device.type == "cpu")  # one of several where `accelerate launch` started this
+    if not process.is_main_process:
+        progress = str  # says nothing
+    questions = list(questions or load_questions(profile.questions, profile.train_split))
+    eval_questions = list(eval_questions or held_out(profile))
+    inputs = fingerprint(profile, questions, eval_questions)
+    check_same_run(run_folder, profile, inputs)
+    if is_finished(run_folder):
+        progress(f"{run_folder.name}: finished already, nothing to do")
+        return run_folder
+    check_processes(profile, len(eval_questions), process.num_processes)
+    if profile.trainer == "trl":
+        trl_trainer.check_settings(profile)
+    if policy is None:
+        check_settings(profile)
+        check_memory(profile)
+    order = question_order(questions, profile)
+    checkpoint, done = latest_checkpoint(run_folder)
+    process.wait_for_everyone()  # all have read the folder; from here on the main process alone writes to it
+    if process.is_main_process:
+        rewind(run_folder, checkpoint)
+    retriever = retriever or load_retriever(profile)
+    policy = policy or load_policy(profile)
+    (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        if process.is_main_process:
+            write_json(run_folder / "environment.json", environment(policy) | {"inputs": inputs})
+            save_config(profile, run_folder / "config.yaml")
+        evaluate_before(run_folder, policy, eval_questions, retriever, profile, progress)
+    else:
+        progress(f"{run_folder.name}: going on after step {done}")
+    with memory_for("rollout", profile, "rollout_rows", "max_context_tokens"):
+        demonstrations = make_demonstrations(policy, questions, order, retriever, profile, run_folder, progress)
+    rollouts = Rollouts(profile, policy, order, remembered(retriever), demonstrations, run_folder)
+    recorder = Recorder(profile, run_folder, progress, policy.tokenizer)
+    model = model_to_train(policy, profile)
+    try:
+        train_steps = trl_trainer.fit if profile.trainer == "trl" else fit
+        train_steps(model, policy, rollouts, recorder, checkpoint, done)
+        if profile.stop_early:
+            restore_best(model, run_folder)
+        if process.is_main_process:
+            save_weights(model, policy, profile, run_folder)
+        trained = replace(policy, model=model.eval())
+        evaluate_after(run_folder, trained, eval_questions, retriever, profile, progress)
+    finally:
+        if profile.lora_r:
+            model.unload()  # gives the caller's model back without the adapter
+    process.wait_for_everyone()
+    return run_folder
+
+
+def fit(
+    model: Any, policy: Policy, rollouts: "Rollouts", recorder: Recorder, checkpoint: Path | None, done: int
+) -> None:
+    """All steps after `done`: the training loop."""
+    profile, learner = rollouts.profile, Learner(model, policy, rollouts.profile)
+    stopping = EarlyStop(profile, recorder.run_folder, recorder.progress) if profile.stop_early else None
+    if checkpoint:
+        learner.load_state(load_checkpoint(checkpoint, policy.device))
+    if stopping:
+        stopping.forget_after(done)
+    for step in range(done, profile.steps):
+        start = time.perf_counter()
+        if stopping:
+            stopping.keep(model)
+        trajectories = rollouts(step, model)
+        rewards = group_rewards(trajectories, profile, step / profile.steps)
+        recorder.rollout(step + 1, trajectories, rewards, time.perf_counter() - start, rollouts.cache_hits)
+
+        batch = collate(trajectories, rewards, profile.masked, policy.device)
+        if profile.drop_equal_groups:
+            losses.leave_out_equal_groups(batch, profile.group_size)
+        with memory_for("training", profile, "micro_batch_tokens"):
+            learner.look_back(batch)
+            batch.advantages = learner.advantages(batch, profile)
+            updates = [learner.update(batch.rows(rows)) for rows in shuffled(len(rewards), profile.updates_per_rollout)]
+        recorder.update(updates, time.perf_counter() - start)
+
+        alarm = stopping and stopping.look()
+        if (step + 1) % profile.save_every == 0 and not alarm:  # a run that is killed now comes to its alarm again
+            if PartialState().is_main_process:
+                save_checkpoint(recorder.run_folder, step + 1, learner.state())
+                if stopping:
+                    stopping.drop_older()
+            PartialState().wait_for_everyone()
+        if alarm:
+            break
+
+
+def shuffled(rows: int, updates: int) -> list[list[int]]:
+    """Row numbers in as many equal parts as there are updates, in random order if there are several."""
+    order = torch.randperm(rows).tolist() if updates > 1 else list(range(rows))
+    return [order[start : start + rows // updates] for start in range(0, rows, rows // updates)]
+
+
+@dataclass
+class Rollouts:
+    """The trajectories of each step, this process's share: `group_size` for each of its questions.
+
+    An algorithm that makes no rollouts gets the step's `demonstrations` instead.
+    """
+
+    profile: Profile
+    policy: Policy
+    order: Sequence[Question]  # of all steps
+    retriever: Retriever
+    demonstrations: Sequence[Trajectory]
+    run_folder: Path
+    cache_hits: int | None = None  # searches of the latest step that had been asked before
+
+    def __post_init__(self) -> None:
+        self.noise = load_corpus(self.profile.corpus) if self.profile.noise_start or self.profile.noise_end else None
+        served = self.profile.sampler == "vllm" and self.profile.algorithm in REINFORCED
+        self.server = VLLMWriter(self.policy, self.profile) if served else None
+
+    def __call__(self, step: int, model: Any) -> list[Trajectory]:
+        """Sampled by `model`, with random numbers of this step alone: a run that goes on samples the same."""
+        profile, process = self.profile, PartialState()
+        share = profile.questions_per_step // process.num_processes
+        first = step * profile.questions_per_step + process.process_index * share
+        set_seed(profile.seed * 1_000_003 + step)  # so does all that follows: order of rows, dropout
+        if profile.algorithm not in REINFORCED:
+            return list(self.demonstrations[first * profile.group_size :][: share * profile.group_size])
+        if self.server:
+            self.server.load_adapter(model, self.run_folder / "checkpoints/served", step)
+        retriever, before = self.retriever, getattr(self.retriever, "hits", 0)
+        if self.noise:
+            noise = noise_share(step, profile.steps, profile.noise_start, profile.noise_end)
+            retriever = Noisy(retriever, self.noise, noise, profile.seed * 1_000_003 + step)
+        memory = memory_for("rollout", profile, "rollout_rows", "max_context_tokens")
+        with memory, torch.no_grad(), autocast(profile, self.policy.device):
+            trajectories = rollout(
+                replace(self.policy, model=model),
+                self.order[first : first + share],
+                retriever,
+                profile,
+                group_size=profile.group_size,
+                seed=profile.seed * 1_000_003 + step,
+                writer=self.server,
+            )
+        self.cache_hits = getattr(self.retriever, "hits", 0) - before
+        return trajectories
+
+
+class Learner:
+    """What training changes: the model's trainable weights, PPO's value head, the optimizer and its schedule."""
+
+    def __init__(self, model: Any, policy: Policy, profile: Profile) -> None:
+        self.model, self.profile, self.device = model, profile, policy.device
+        self.reference = None if profile.lora_r else policy.model.eval()  # with an adapter: the model without it
+        self.weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+        groups = [{"params": list(self.weights.values()), "lr": profile.learning_rate}]
+        self.advantages, self.token_losses = losses.ALGORITHMS[profile.algorithm]
+        self.value_head = None
+        if profile.algorithm == "ppo":
+            self.value_head = ValueHead(model.config.get_text_config().hidden_size).to(policy.device)
+            rate = VALUE_STEP / self.value_head.linear.in_features
+            groups.append({"params": list(self.value_head.parameters()), "lr": rate})
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        warmup = profile.warmup_steps * profile.updates_per_rollout
+        self.schedule = get_constant_schedule_with_warmup(self.optimizer, warmup)
+        self.temperature = profile.temperature if profile.algorithm in REINFORCED else 1.0
+        if profile.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def look_back(self, batch: Batch) -> None:
+        """Score the batch before its first update: by the reference and, where it will be needed, by the policy."""
+        profile = self.profile
+        if profile.algorithm not in REINFORCED:
+            return
+        self.model.eval()
+        if profile.algorithm == "ppo" or profile.updates_per_rollout > 1 or profile.sampler == "vllm":
+            batch.old_logprobs, batch.old_values = self._scored(self.model, batch)
+        if profile.beta:
+            without = self.model.disable_adapter() if profile.lora_r else nullcontext()
+            with without:
+                batch.reference_logprobs, _ = self._scored(self.reference or self.model, batch)
+        elif profile.algorithm == "ppo":
+            batch.reference_logprobs = batch.old_logprobs
+
+    @torch.no_grad()
+    def _scored(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        found = torch.zeros(2, *batch.ids.shape, device=self.device)
+        with autocast(self.profile, self.device), merged_adapter(model):
+            for rows in micro_batches(batch, self.profile.micro_batch_tokens):
+                part = batch.rows(rows)
+                logprobs, _, values = score(model, part, self.temperature, self.value_head)
+                found[0, rows, : logprobs.size(1)] = logprobs
+                if values is not None:
+                    found[1, rows, : values.size(1)] = values
+        return found[0], found[1] if self.value_head else None
+
+    def update(self, batch: Batch) -> dict[str, float]:
+        """One optimizer update. How memory and processes split the batch changes nothing: every token has its weight
+        in the whole update before the first part is read."""
+        profile, figures = self.profile, Figures(self.profile, self.device)
+        weights = losses.loss_weights(batch.mask, profile.loss_mean, profile.max_context_tokens)
+        value_weights = losses.loss_weights(batch.valued)
+        self.model.train()
+        self.optimizer.zero_grad()
+        with autocast(profile, self.device), merged_adapter(self.model):
+            for rows in micro_batches(batch, profile.micro_batch_tokens):
+                part = batch.rows(rows)
+                here = rows, slice(part.ids.size(1))
+                logprobs, entropies, values = score(self.model, part, self.temperature, self.value_head)
+                loss = (self.token_losses(logprobs, entropies, part, profile) * weights[here]).sum()
+                value_loss = torch.zeros_like(loss)
+                if values is not None:
+                    value_loss = (
+                        losses.value_losses(values, part.old_values, part.returns) * value_weights[here]
+                    ).sum()
+                (loss + value_loss).backward()
+                figures.add(part, logprobs.detach(), entropies.detach(), loss.detach(), value_loss.detach())
+        for weight in [weight for group in self.optimizer.param_groups for weight in group["params"]]:
+            weight.grad = losses.over_processes(torch.zeros_like(weight) if weight.grad is None else weight.grad)
+        norm = torch.nn.utils.clip_grad_norm_(self.weights.values(), profile.max_grad_norm)
+        rate = self.schedule.get_last_lr()[0]
+        if losses.over_processes(batch.mask.sum()):  # else there is nothing to learn, and momentum alone would move it
+            self.optimizer.step()
+        self.schedule.step()
+        return figures.means() | {"grad_norm": norm.item(), "learning_rate": rate}
+
+    def state(self) -> dict[str, Any]:
+        """All that training needs to go on, as `load_state` takes it."""
+        head = self.value_head.state_dict() if self.value_head else None
+        parts = {"optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "value_head": head}
+        return parts | {"weights": {name: weight.detach() for name, weight in self.weights.items()}}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for name, weight in self.weights.items():
+            weight.data.copy_(state["weights"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.value_head:
+            self.value_head.load_state_dict(state["value_head"])
+
+
+def model_to_train(policy: Policy, profile: Profile) -> Any:
+    """The policy's model with a fresh adapter in 32 bits; without one (`lora_r` 0), a copy whose weights all train."""
+    set_seed(profile.seed)
+    if not profile.lora_r:
+        return copy.deepcopy(policy.model).requires_grad_(True)
+    lora = LoraConfig(
+        r=profile.lora_r,
+        lora_alpha=profile.lora_alpha,
+        lora_dropout=profile.lora_dropout,
+        target_modules=profile.lora_target,
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name in transformers
+        model = get_peft_model(policy.model, lora)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()  # small updates are lost in 16 bits
+    return model
+
+
+def micro_batches(batch: Batch, tokens: int) -> list[list[int]]:
+    """The rows that have something to learn from, in parts that fit the memory."""
+    rows = (batch.mask + batch.valued).any(dim=1).nonzero()[:, 0].tolist()
+    lengths = batch.lengths.tolist()
+    return [[rows[n] for n in part] for part in split_rows([lengths[row] for row in rows], tokens)]
+
+
+def autocast(profile: Profile, device: torch.device) -> torch.autocast:
+    """On a GPU in bfloat16, 32-bit adapters compute in bfloat16, too."""
+    return torch.autocast(device.type, torch.bfloat16, device.type == "cuda" and profile.dtype == "bfloat16")
+
+
+def save_weights(model: Any, policy: Policy, profile: Profile, run_folder: Path) -> None:
+    """adapter/: the adapter alone, naming its base as the profile does, not where it lay on this machine.
+
+    After full fine-tuning model/ instead: weights and tokenizer, to be used as the setting `model`.
+    """
+    if not profile.lora_r:
+        model.save_pretrained(run_folder / "model")
+        policy.tokenizer.save_pretrained(run_folder / "model")
+        return
+    folder = run_folder / "adapter"
+    model.peft_config["default"].base_model_name_or_path = profile.model
+    model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+    (folder / "README.md").unlink(missing_ok=True)  # an empty form for a model card
