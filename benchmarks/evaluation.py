@@ -22,7 +22,7 @@ from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.cache import remembered
 from searchr1_lite.retrieval.load import load_retriever
 from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.training.trainer import held_out
+from searchr1_lite.tasks.questions import held_out
 
 RUN = ROOT / "data/results/runs/tiny-masked-seed0"
 

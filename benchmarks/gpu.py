@@ -17,13 +17,12 @@ import warnings
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -35,13 +34,15 @@ from searchr1_lite.config import ROOT, Profile, load_profile, resolve_path
 from searchr1_lite.jsonl import write_json
 from searchr1_lite.memory import CONTEXT, GB, cache_bytes_per_token, memory_plan, model_shape
 from searchr1_lite.provenance import provenance
-from searchr1_lite.rollout.decoding import LocalWriter, Record, cuda_graph
+from searchr1_lite.rollout.cuda_graphs import Record, cuda_graph
+from searchr1_lite.rollout.decoding import LocalWriter
 from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy, load_policy
+from searchr1_lite.rollout.policy import Policy, autocast, load_policy, model_to_train
 from searchr1_lite.rollout.protocol import encode_prompt
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.rollout.weights import plain_weights
-from searchr1_lite.training import trainer as trainer_module
+from searchr1_lite.training.loop import fit
+from searchr1_lite.training.record import Recorder
 from searchr1_lite.types import Hit, Passage, Question
 
 PUBLISHED = {  # of Search-R1 3B on 8 H100; authors' and users' remarks, not measurements
@@ -96,7 +97,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
     """The most bytes in use, and held by torch, since this was last called; 0 where there is no GPU."""
     if device.type != "cuda":
         return {"allocated": 0, "reserved": 0}
-    gc.collect()  # trainers refer to themselves
+    gc.collect()  # what refers to itself is freed only now
     peak = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     torch.cuda.empty_cache()  # what the phase before held and no longer uses is not the next one's
     torch.cuda.reset_peak_memory_stats()
@@ -231,34 +232,44 @@ def recording(policy: Policy) -> Record:
 
 @dataclass
 class ScriptedRollouts:
-    """Stands where training/trainer.py calls `rollout`: rows write their script, and peaks of memory are noted.
+    """In the place of `Rollouts`: rows write their script, and peaks of memory are noted.
 
     The second step trains on the first one's trajectories again, so that its time is that of training alone.
     """
 
+    profile: Profile
+    policy: Policy
+    questions: list[Question]
     scripts: list[list[int]]  # of even and odd rows: all turns of a trajectory, one after the other
     kept: list[Trajectory] = field(default_factory=list)
     peaks: dict[str, dict[str, int]] = field(default_factory=dict)  # by phase
+    cache_hits: int | None = None
 
-    def __call__(self, policy: Policy, questions, retriever, profile: Profile, *, group_size: int, seed: int, **_):
-        self.note("training" if self.peaks else "loading", policy.device)
+    def __call__(self, step: int, model: Any) -> list[Trajectory]:
+        device = self.policy.device
+        self.note("training" if self.peaks else "loading", device)
         if not self.kept:
-            rows = len(questions) * group_size
-            at = np.zeros(rows, dtype=np.int64)
-
-            def pick(logits: torch.Tensor, which: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-                ids, logprobs = writer._sample(logits, which)
-                scripted = [self.scripts[row % 2][at[row]] for row in which]
-                at[which] += 1
-                return torch.tensor(scripted, device=ids.device), logprobs
-
-            capacity = max(group_size, min(profile.rollout_rows, rows))
-            record = recording(policy) if profile.cuda_graphs else None
-            writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature, record)
-            options = {"group_size": group_size, "seed": seed, "writer": writer}
-            self.kept = rollout(policy, questions, retriever, profile, **options)
-        self.note("rollout", policy.device)
+            with torch.no_grad(), autocast(self.profile, device):
+                self.kept = self._write(replace(self.policy, model=model))
+        self.note("rollout", device)
         return self.kept
+
+    def _write(self, policy: Policy) -> list[Trajectory]:
+        profile = self.profile
+        rows = profile.rollouts_per_step
+        at = np.zeros(rows, dtype=np.int64)
+
+        def pick(logits: torch.Tensor, which: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            ids, logprobs = writer._sample(logits, which)
+            scripted = [self.scripts[row % 2][at[row]] for row in which]
+            at[which] += 1
+            return torch.tensor(scripted, device=ids.device), logprobs
+
+        capacity = max(profile.group_size, min(profile.rollout_rows, rows))
+        record = recording(policy) if profile.cuda_graphs else None
+        writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature, record)
+        options = {"group_size": profile.group_size, "seed": 0, "writer": writer}
+        return rollout(policy, self.questions, LongPassages(), profile, **options)
 
     def note(self, phase: str, device: torch.device) -> None:
         peak, before = peak_memory(device), self.peaks.get(phase, {})
@@ -282,7 +293,7 @@ def script(tokenizer, profile: Profile, searches: int, answer: str) -> list[int]
 
 
 def long_questions(tokenizer, profile: Profile, searches: int) -> list[Question]:
-    """Questions that with their searches fill the context, for two steps."""
+    """A step's questions, which with their searches fill the context."""
     observed, turns = searches * profile.max_observation_tokens, (searches + 1) * profile.max_response_tokens
     wanted = profile.max_context_tokens - observed - turns
 
@@ -294,7 +305,7 @@ def long_questions(tokenizer, profile: Profile, searches: int) -> list[Question]
         raise ValueError(f"max_context_tokens = {profile.max_context_tokens} leaves no room for {searches} searches")
     while tokens(words) > wanted:
         words -= 1
-    return [Question(str(n), WORD * words, ("yes",)) for n in range(2 * profile.questions_per_step)]
+    return [Question(str(n), WORD * words, ("yes",)) for n in range(profile.questions_per_step)]
 
 
 def training(profile: Profile, micro_batches: tuple[int, ...], searches: int, say: Callable[[str], Any]) -> list[dict]:
@@ -302,19 +313,18 @@ def training(profile: Profile, micro_batches: tuple[int, ...], searches: int, sa
     policy = load_policy(profile)
     questions = long_questions(policy.tokenizer, profile, searches)
     scripts = [script(policy.tokenizer, profile, searches, answer) for answer in ("yes", "no")]
-    scripted, found = ScriptedRollouts(scripts), []
+    scripted, found = ScriptedRollouts(profile, policy, questions, scripts), []
     for tokens in micro_batches:
         changed = profile.model_copy(update={"micro_batch_tokens": tokens})
+        scripted.profile = changed
         scripted.peaks = {key: peak for key, peak in scripted.peaks.items() if key == "rollout"}
-        with TemporaryDirectory() as folder, patch.object(trainer_module, "rollout", scripted):
-            run = Path(folder) / "run"
-            (run / "checkpoints").mkdir(parents=True)
-            trainer = trainer_module.build_trainer(changed, run, policy, questions, LongPassages(), str)
-            trainer.train()
+        model = model_to_train(policy, changed)
+        with TemporaryDirectory() as folder:
+            fit(model, policy, scripted, Recorder(changed, Path(folder), str), None, 0)
             scripted.note("training", policy.device)
-            steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        trainer.model.unload()
-        del trainer
+            steps = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        model.unload()
+        del model
         if not found:
             rollout_seconds = steps[0]["seconds_rollout"]
         found.append(_training_result(changed, scripted, rollout_seconds, steps[1]["seconds_training"]))

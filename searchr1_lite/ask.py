@@ -30,7 +30,8 @@ from searchr1_lite.evaluation.evaluate import Answered
 from searchr1_lite.evaluation.strategies import STRATEGIES, answer
 from searchr1_lite.plain import plain
 from searchr1_lite.retrieval.load import load_retriever
-from searchr1_lite.rollout.decoding import LocalWriter, cuda_graph, decode
+from searchr1_lite.rollout.cuda_graphs import cuda_graph
+from searchr1_lite.rollout.decoding import LocalWriter, decode
 from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy

@@ -7,6 +7,7 @@ profile's number comes from is said in the profile.
 
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -173,10 +174,13 @@ def profile_names() -> list[str]:
     return sorted(path.stem for path in PROFILES.glob("*.yaml"))
 
 
-def load_profile(name: str | os.PathLike = "tiny", **overrides: Any) -> Profile:
+def load_profile(
+    name: str | os.PathLike = "tiny", kind: type[Profile] = Profile, drop: Collection[str] = (), /, **overrides: Any
+) -> Profile:
     """A profile by name, or from a YAML file, with settings replaced one by one; an override of None changes nothing.
 
-    Raises ConfigError, in one message that names every setting at fault.
+    `kind` is a profile with more settings; those that `drop` names are not read from the file. Raises ConfigError, in
+    one message that names every setting at fault.
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
     if not path.is_file():
@@ -184,9 +188,10 @@ def load_profile(name: str | os.PathLike = "tiny", **overrides: Any) -> Profile:
     settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: a profile is a mapping of settings, got {type(settings).__name__}")
+    settings = {key: value for key, value in settings.items() if key not in drop}
     settings |= {key: value for key, value in overrides.items() if value is not None}
     try:
-        return Profile.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(_one_message(str(name), error)) from None
 
@@ -218,6 +223,8 @@ def _number_hint(value: Any) -> str:
 def _closest(key: str) -> str:
     from difflib import get_close_matches
 
+    if key == "defects":
+        return "; known faults are trained with searchr1_lite.lab"
     close = get_close_matches(key, Profile.model_fields, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -1,6 +1,6 @@
-"""PPO, REINFORCE and LLDS against hand-computed values and independent references."""
-# ruff: noqa: F811 (a fixture of another file is imported, and asked for by its name)
+"""PPO, REINFORCE, LLDS and full fine-tuning against hand-computed values and independent references."""
 
+import random
 import sys
 
 import numpy as np
@@ -9,22 +9,36 @@ import torch
 from conftest import original
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import QUESTIONS, an_update, forge, gradient, move, tiny  # noqa: F401
 
 from searchr1_lite.config import ConfigError, load_profile
-from searchr1_lite.training import trainer as trainer_module
-from searchr1_lite.training.algorithms import (
+from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.training.loop import Learner, model_to_train, shuffled
+from searchr1_lite.training.losses import (
     VALUE_CLIP,
-    ValueHead,
     generalised_advantages,
-    likelihood_loss,
+    likelihood_losses,
+    loss_weights,
     token_rewards,
-    value_loss,
+    value_losses,
     whitened,
 )
-from searchr1_lite.training.objective import token_entropies, token_logprobs
+from searchr1_lite.training.score import ValueHead, collate, score, token_entropies, token_logprobs
+from searchr1_lite.types import Question
 
 close = torch.testing.assert_close
+SMALL = {
+    "questions_per_step": 2,
+    "group_size": 4,
+    "micro_batch_tokens": 64,  # several parts, whose rows are not all as long as each other
+    "steps": 1,
+    "max_prompt_tokens": 1000,
+    "max_context_tokens": 2500,
+    "max_grad_norm": 1e9,
+}
+
+
+def tiny(**overrides):
+    return load_profile("tiny", **(SMALL | overrides))
 
 
 def test_gae_by_hand():
@@ -40,7 +54,7 @@ def test_gae_by_hand():
 
 
 def test_gae_over_all_tokens_is_the_originals_and_another():
-    """Unmasked, values of retrieved tokens enter: what the switch `unmasked_values` brings back."""
+    """Unmasked, values of retrieved tokens enter: what the mask is for."""
     values = torch.tensor([[0.5, 0.25, 9.0, 9.0, 0.5]])
     rewards = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0]])
     advantages, _ = generalised_advantages(rewards, values, torch.ones(1, 5), 0.5, 0.5)
@@ -96,11 +110,13 @@ def test_whitening_is_over_own_tokens():
 
 
 def test_value_loss_by_hand():
-    mask = torch.tensor([[1, 1, 0]])
-    values, old = torch.tensor([[0.9, 0.1, 5.0]]), torch.tensor([[0.0, 0.0, 0.0]])
-    returns = torch.tensor([[1.0, 0.0, 1.0]])
-    # 0.9 is clipped to 0.5: the larger error (0.5)^2 counts; 0.1 is within: (0.1)^2. Half their mean.
-    close(value_loss(values, old, returns, mask), torch.tensor((0.25 + 0.01) / 4))
+    values, old = torch.tensor([[0.9, 0.1, -0.9]], requires_grad=True), torch.tensor([[0.0, 0.0, 0.0]])
+    returns = torch.tensor([[1.0, 0.0, -0.5]])
+    # 0.9 is clipped to 0.5: the larger error (0.5)^2 counts; 0.1 is within: (0.1)^2; -0.9 is off by more than -0.5
+    losses = value_losses(values, old, returns)
+    close(losses.detach(), torch.tensor([[0.125, 0.005, 0.08]]))
+    losses.sum().backward()
+    close(values.grad, torch.tensor([[0.0, 0.1, -0.4]]))
     assert VALUE_CLIP == 0.5
 
 
@@ -114,177 +130,198 @@ def test_value_head_begins_at_0_and_stops_gradients():
 
 def test_llds_by_hand():
     # two actions in the first row (retrieved text between them), one in the second, which is worse than its group
-    mask = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0]])
+    mask = torch.tensor([[1.0, 1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0, 0.0]])
     old = torch.zeros(2, 5)
     now = torch.tensor([[-0.4, 0.1, -9.0, 0.5, -0.2], [-1.0, -1.0, -1.0, 0.0, 0.0]], requires_grad=True)
-    loss = likelihood_loss(now, old, torch.tensor([1.0, -1.0]), mask)
+    losses = likelihood_losses(now, old, torch.tensor([1.0, -1.0]), mask)
     # the first action lost 0.3 in sum: its first token counts, 0.4; the second action gained: its last does not count
-    close(loss, torch.tensor(0.4 / 7))
-    loss.backward()
-    close(now.grad, torch.tensor([[-1 / 7, 0.0, 0.0, 0.0, 0.0], [0.0] * 5]))
-    assert likelihood_loss(old, old, torch.tensor([1.0, -1.0]), mask) == 0  # at the first update
+    close(losses.detach(), torch.tensor([[0.4, 0.0, 0.0, 0.0, 0.0], [0.0] * 5]))
+    losses.sum().backward()
+    close(now.grad, torch.tensor([[-1.0, 0.0, 0.0, 0.0, 0.0], [0.0] * 5]))
+    by_token = torch.tensor([[-1.0, 0.0, 0.0, 0.0, 0.0], [0.0, -1.0, 0.0, 0.0, 0.0]])  # PPO's
+    found = likelihood_losses(now.detach(), old, by_token, mask)
+    close(found, torch.tensor([[0.0] * 5, [1.0, 0.0, 1.0, 0.0, 0.0]]))
+    assert not likelihood_losses(old, old, torch.tensor([1.0, -1.0]), mask).any()  # at the first update
 
 
-def seen_by(trainer, trajectory, profile):
-    """Log-probabilities of the own tokens by policy and base, and their values, one full forward at a time."""
+def forged(question: Question, generator: random.Random) -> Trajectory:
+    """Two stretches of the model's own tokens around a retrieved one."""
+    own, found, last = (generator.randint(2, 9) for _ in range(3))
+    ids = [generator.randrange(10, 500) for _ in range(own + found + last)]
+    prompt = [generator.randrange(10, 500) for _ in range(int(question.id) * 3 + 5)]
+    mask = [1] * own + [0] * found + [1] * last
+    turns = (Turn("", "search", "q"), Turn("b", "answer"))
+    return Trajectory(question, *map(tuple, (prompt, ids, mask, [0.0] * len(ids))), turns, True, "answer")
+
+
+GENERATOR = random.Random(1)
+MADE = [forged(Question(str(n), f"What is {n}?", ("a",), {}), GENERATOR) for n in range(2) for _ in range(4)]
+REWARDS = [1.0, 0.0, 0.0, 0.5, 0.0, 1.0, 1.0, 0.0]
+
+
+def moved(weights, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for weight in weights:
+        weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+
+
+def trained(learner):
+    return [weight for group in learner.optimizer.param_groups for weight in group["params"]]
+
+
+def looked_back(policy, profile, rewards=REWARDS):
+    """A learner that has moved away from the base, and the batch that it is to learn from."""
+    learner = Learner(model_to_train(policy, profile), policy, profile)
+    moved(trained(learner), 0)
+    batch = collate(MADE[: len(rewards)], rewards, profile.masked)
+    learner.look_back(batch)
+    batch.advantages = learner.advantages(batch, profile)
+    return learner, batch
+
+
+def update(learner, batch):
+    """An update's loss and gradient, by which nothing is moved in the end."""
+    weights = trained(learner)
+    before = [weight.detach().clone() for weight in weights]
+    loss = learner.update(batch)["loss"]
+    for weight, old in zip(weights, before, strict=True):
+        weight.data.copy_(old)
+    return loss, torch.cat([weight.grad.flatten() for weight in weights])
+
+
+def seen_by(learner, trajectory):
+    """Logits, log-probabilities by policy and base, and values of the own tokens, one full forward at a time."""
     whole = torch.tensor([[*trajectory.prompt_ids, *trajectory.completion_ids]])
     before = slice(len(trajectory.prompt_ids) - 1, -1)
     own = torch.tensor(trajectory.loss_mask).bool()
     ids = torch.tensor(trajectory.completion_ids)
-    out = trainer.model(whole, output_hidden_states=True)
-    with torch.no_grad(), trainer.model.disable_adapter():
-        base = trainer.model(whole).logits[0, before] / profile.temperature
-    logits = out.logits[0, before] / profile.temperature
-    values = trainer.value_head(out.hidden_states[-1][0, before])
-    return logits, token_logprobs(logits, ids)[own], token_logprobs(base, ids)[own], values, own
+    out = learner.model(whole, output_hidden_states=True)
+    with torch.no_grad(), learner.model.disable_adapter():
+        base = learner.model(whole).logits[0, before] / learner.temperature
+    logits = out.logits[0, before] / learner.temperature
+    hidden = out.hidden_states[-1][0, before].detach()
+    normal = (hidden - hidden.mean(-1, keepdim=True)) / (hidden.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+    values = normal @ learner.value_head.linear.weight[0] + learner.value_head.linear.bias
+    return logits[own], token_logprobs(logits, ids)[own], token_logprobs(base, ids)[own], values[own], own
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-@pytest.mark.parametrize("defects", [[], ["unmasked_values"]])
-def test_ppo_in_the_trainer_is_the_one_by_hand(policy, tmp_path, forge, updates, defects):
+def test_ppo_is_the_one_by_hand(policy, updates):
     options = {"algorithm": "ppo", "updates_per_rollout": updates, "beta": 0.05, "entropy_coef": 0.01}
-    profile = tiny(**options, gamma=0.9, gae_lambda=0.8, temperature=0.8, defects=defects)
-    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    move(trainer, 0)
-    torch.manual_seed(0)
-    torch.nn.init.normal_(trainer.value_head.linear.weight, std=0.1)
-    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    learner, batch = looked_back(policy, tiny(**options, gamma=0.9, gae_lambda=0.8, temperature=0.8))
 
-    expected = {}  # of each trajectory: advantages, returns and old values at the tokens that have a value
-    for one in forge:
-        _, own_now, own_base, values, own = seen_by(trainer, one, profile)
-        rewards = np.zeros(len(own))
-        rewards[own.numpy()] = -0.05 * (own_now - own_base).detach().numpy()
-        rewards[np.flatnonzero(own)[-1]] += float("<answer>a" in one.policy_text)
-        counted = np.ones(len(own), bool) if defects else own.numpy()
-        values = values.detach().numpy()[counted]
-        if defects:  # the end token, which nobody wrote, has a value as well
-            ids = torch.tensor([[*one.prompt_ids, *one.completion_ids]])
-            hidden = trainer.model(ids, output_hidden_states=True).hidden_states[-1][0, -1:]
-            values, rewards = np.append(values, trainer.value_head(hidden).detach().numpy()), np.append(rewards, 0.0)
-            counted = np.append(counted, True)
-        gained = np.array(reference_gae(rewards[counted], values, 0.9, 0.8))
-        expected[one.completion_ids] = counted, gained, gained + values, values
-    everything = np.concatenate([gained for _, gained, *_ in expected.values()])
-    rows = [
-        tuple(ids[: int(n) - 1])
-        for ids, n in zip(inputs["completion_ids"].tolist(), inputs["completion_mask"].sum(1), strict=True)
-    ]
+    before = []  # of each trajectory, at its own tokens: advantages, returns, old values and log-probabilities
+    for one, reward in zip(MADE, REWARDS, strict=True):
+        _, now, base, values, _ = (x.detach() for x in seen_by(learner, one))
+        rewards = -0.05 * (now - base).numpy()
+        rewards[-1] += reward
+        gained = torch.tensor(reference_gae(rewards, values.numpy(), 0.9, 0.8), dtype=torch.float32)
+        before.append((gained, gained + values, values, now))
+    everything = torch.cat([gained for gained, *_ in before])
+    white = [(gained - everything.mean()) / everything.std() for gained, *_ in before]
+    assert everything.std() > 0.1
+    for row, (_, returns, values, now) in enumerate(before):
+        own = batch.mask[row].bool()
+        assert own.sum() == sum(MADE[row].loss_mask)
+        close(batch.advantages[row, own], white[row], atol=1e-4, rtol=0)
+        for found, expected in ((batch.returns, returns), (batch.old_values, values), (batch.old_logprobs, now)):
+            close(found[row, own], expected, atol=1e-5, rtol=0)
+    assert not batch.advantages[batch.mask == 0].any() and not batch.returns[batch.mask == 0].any()
+
+    moved(trained(learner), 1)  # as an update would
+    rows = shuffled(8, updates)[0]
     assert len(rows) == 8 // updates
-    for row, ids in enumerate(rows):
-        counted, gained, returns, values = expected[ids]
-        places = np.flatnonzero(counted)
-        white = (gained - everything.mean()) / everything.std(ddof=1)
-        np.testing.assert_allclose(inputs["advantages"][row, places], white, atol=1e-4)
-        np.testing.assert_allclose(inputs["returns"][row, places], returns, atol=1e-5)
-        np.testing.assert_allclose(inputs["old_values"][row, places], values, atol=1e-5)
-
-    move(trainer, 1)  # as an update would
-    torch.nn.init.normal_(trainer.value_head.linear.weight, std=0.1)
-    loss = trainer.compute_loss(trainer.model, inputs)
     policy_terms, entropies, errors = [], [], []
-    for row, one in enumerate(next(t for t in forge if t.completion_ids == ids) for ids in rows):
-        logits, now, _, values, own = seen_by(trainer, one, profile)
-        counted, _, returns, old_values = expected[one.completion_ids]
-        size = len(own)
-        old = inputs["old_per_token_logps"][row, :size][own] if updates == 2 else now.detach()
-        ratio, gain = (now - old).exp(), inputs["advantages"][row, :size][own]
-        policy_terms.append(-torch.min(ratio * gain, ratio.clamp(0.8, 1.2) * gain))
-        entropies.append(token_entropies(logits)[own])
-        if defects:
-            whole = torch.tensor([[*one.prompt_ids, *one.completion_ids]])
-            hidden = trainer.model(whole, output_hidden_states=True).hidden_states[-1][0, -1:]
-            values = torch.cat([values, trainer.value_head(hidden)])
-        moved, old_values = values[torch.tensor(counted)], torch.tensor(old_values)
-        near = old_values + (moved - old_values).clamp(-0.5, 0.5)
-        errors.append(torch.max((moved - torch.tensor(returns)) ** 2, (near - torch.tensor(returns)) ** 2))
+    for row in rows:
+        logits, now, _, values, _ = seen_by(learner, MADE[row])
+        _, returns, old_values, old = before[row]
+        ratio = (now - old).exp()
+        policy_terms.append(-torch.min(ratio * white[row], ratio.clamp(0.8, 1.2) * white[row]))
+        entropies.append(token_entropies(logits))
+        near = old_values + (values - old_values).clamp(-0.5, 0.5)
+        errors.append(torch.max((values - returns) ** 2, (near - returns) ** 2))
     by_hand = torch.cat(policy_terms).mean() - 0.01 * torch.cat(entropies).mean() + torch.cat(errors).mean() / 2
-    close(loss, by_hand.float(), atol=2e-5, rtol=1e-4)
-    close(gradient(loss, trainer), gradient(by_hand, trainer), atol=2e-5, rtol=1e-3)
+    wanted = torch.cat([part.flatten() for part in torch.autograd.grad(by_hand, trained(learner))])
+    loss, gradient = update(learner, batch.rows(rows))
+    assert loss == pytest.approx(by_hand.item(), abs=2e-5)
+    assert wanted[-33:].abs().max() > 1e-2 and wanted[:-33].abs().max() > 1e-2  # value head, adapter
+    close(gradient, wanted, atol=2e-5, rtol=1e-3)
 
 
-def test_an_update_has_the_value_heads_own_gradient_alone(policy, tmp_path, forge):
-    """The Trainer clears its model's gradients between updates, and the head is no part of that."""
-    profile = tiny(algorithm="ppo", updates_per_rollout=2, beta=0.05, micro_batch_tokens=64)
-    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    trainer._prepare_inputs = lambda _: inputs
-    found = []
-    for _ in range(2):
-        trainer.training_step(trainer.model, inputs)
-        found.append(trainer.value_head.linear.weight.grad.clone())
-    assert found[0].abs().max() > 1e-3
-    close(found[1], found[0])
+def test_an_update_has_the_value_heads_own_gradient_alone(policy):
+    learner, batch = looked_back(policy, tiny(algorithm="ppo", updates_per_rollout=2, beta=0.05))
+    loss, found = update(learner, batch)
+    again, repeated = update(learner, batch)
+    assert found[-33:].abs().max() > 1e-3 and loss == again
+    close(repeated, found)
 
 
-@pytest.mark.parametrize(("algorithm", "less"), [("reinforce", 0.0), ("reinforce_baseline", "mean")])
-def test_reinforce_learns_from_the_reward_itself(policy, tmp_path, forge, algorithm, less):
-    profile = tiny(algorithm=algorithm, group_size=1, questions_per_step=4)
-    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS, None)
-    trainer.model.train()
-    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    rewards = {one.completion_ids: float("<answer>a" in one.policy_text) for one in forge}
-    assert len({one.question.id for one in forge}) == len(forge) == 4  # each question once
-    mean = sum(rewards.values()) / 4
-    assert 0 < mean < 1
-    for ids, length, advantage in zip(
-        inputs["completion_ids"].tolist(), inputs["completion_mask"].sum(1), inputs["advantages"], strict=True
-    ):
-        assert advantage.item() == pytest.approx(rewards[tuple(ids[: int(length) - 1])] - (mean if less else 0))
+@pytest.mark.parametrize(("algorithm", "less"), [("reinforce", 0.0), ("reinforce_baseline", 0.375)])
+def test_reinforce_learns_from_the_reward_itself(policy, algorithm, less):
+    profile = tiny(algorithm=algorithm, group_size=1, questions_per_step=4, beta=0.0, entropy_coef=0.0)
+    learner, batch = looked_back(policy, profile, REWARDS[:4])
+    close(batch.advantages, torch.tensor(REWARDS[:4]) - less)
+    advantages = batch.advantages.unsqueeze(1)
+    by_hand = -(score(learner.model, batch)[0] * advantages * batch.mask).sum() / batch.mask.sum()
+    wanted = torch.cat([part.flatten() for part in torch.autograd.grad(by_hand, trained(learner))])
+    close(update(learner, batch)[1], wanted, atol=1e-6, rtol=1e-4)
 
 
-def test_llds_is_added_to_the_loss(policy, tmp_path, forge):
-    profile = tiny(updates_per_rollout=2, llds_coef=0.5)
-    trainer, inputs = an_update(policy, tmp_path, profile)
-    first = trainer.compute_loss(trainer.model, inputs)
-    trainer.settings = tiny(updates_per_rollout=2)
-    close(trainer.compute_loss(trainer.model, inputs), first)  # nothing has become less likely yet
-    move(trainer, 1)
-    without = trainer.compute_loss(trainer.model, inputs)
-    trainer.settings = profile
-    loss = trainer.compute_loss(trainer.model, inputs)
-    mask = inputs["completion_mask"] * inputs["tool_mask"]
-    now = trainer.scored[-1][0]
-    expected = likelihood_loss(now, inputs["old_per_token_logps"], inputs["advantages"], mask)
+def test_llds_is_added_to_the_loss(policy):
+    learner, batch = looked_back(policy, tiny(updates_per_rollout=2))
+    with_llds = tiny(updates_per_rollout=2, llds_coef=0.5)
+    first, _ = update(learner, batch)
+    learner.profile = with_llds
+    assert update(learner, batch)[0] == pytest.approx(first, abs=1e-5)  # nothing has become less likely yet
+    moved(trained(learner), 1)
+    loss, gradient = update(learner, batch)
+    learner.profile = tiny(updates_per_rollout=2)
+    without, other = update(learner, batch)
+    now = score(learner.model, batch)[0]
+    each = likelihood_losses(now, batch.old_logprobs, batch.advantages, batch.mask)
+    expected = (each * batch.mask).sum() / batch.mask.sum()
     assert expected > 1e-3
-    close(loss - without, 0.5 * expected, atol=1e-6, rtol=1e-4)
+    assert loss - without == pytest.approx(0.5 * expected.item(), abs=1e-5)
+    wanted = torch.cat([part.flatten() for part in torch.autograd.grad(0.5 * expected, trained(learner))])
+    close(gradient - other, wanted, atol=1e-5, rtol=1e-3)
 
 
-def test_full_fine_tuning_moves_all_weights_of_a_copy(policy, tmp_path, forge):
-    profile = tiny(quantization="none", lora_r=0, beta=0.04)
-    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    move(trainer, 1)
-    before = trainer.compute_loss(trainer.model, inputs)
-    before.backward()
-    assert all(parameter.grad is not None for parameter in trainer.model.parameters())
-    assert not any(parameter.grad is not None for parameter in policy.model.parameters())
-    assert trainer._metrics["train"]["kl"][-1] > 1e-3  # to the caller's model, which has not moved
-    trainer.beta = 0.0
-    assert trainer.compute_loss(trainer.model, inputs) < before
+def test_full_fine_tuning_moves_all_weights_of_a_copy(policy):
+    kept = {name: weight.clone() for name, weight in policy.model.state_dict().items()}
+    learner, batch = looked_back(policy, tiny(quantization="none", lora_r=0, beta=0.04, learning_rate=1e-4))
+    moved(trained(learner), 1)
+    before = {name: weight.clone() for name, weight in learner.model.named_parameters()}
+    figures = learner.update(batch)
+    assert figures["kl"] > 1e-3  # to the caller's model, which has not moved
+    assert before.keys() == {name for name, _ in policy.model.named_parameters()}
+    assert all((weight != before[name]).any() for name, weight in learner.model.named_parameters())
+    assert all((weight == kept[name]).all() for name, weight in policy.model.state_dict().items())
+    assert not any(weight.grad is not None for weight in policy.model.parameters())
+    assert learner.update(batch)["loss"] < figures["loss"]
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-def test_ppo_without_an_adapter_has_the_values_of_the_policy(policy, tmp_path, forge, updates):
-    """The KL's reference is then a model of its own, and its rows are not all as long as each other."""
-    profile = tiny(
-        algorithm="ppo", quantization="none", lora_r=0, beta=0.04, updates_per_rollout=updates, micro_batch_tokens=64
-    )
-    trainer = trainer_module.build_trainer(profile, tmp_path, policy, QUESTIONS[:2], None)
-    torch.nn.init.normal_(trainer.value_head.linear.weight, std=0.1)
-    inputs = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    ids = tuple(inputs["completion_ids"][0, : int(inputs["completion_mask"][0].sum()) - 1].tolist())
-    one = next(one for one in forge if one.completion_ids == ids)
-    with torch.no_grad():
-        read = trainer.model(torch.tensor([[*one.prompt_ids, *ids]]), output_hidden_states=True)
-        values = trainer.value_head(read.hidden_states[-1][0, len(one.prompt_ids) - 1 : -1])
-    close(inputs["old_values"][0, : len(ids)], values, atol=1e-5, rtol=1e-4)
+def test_ppo_without_an_adapter_has_the_values_of_the_policy(policy, updates):
+    """And the KL's reference is then a model of its own."""
+    profile = tiny(algorithm="ppo", quantization="none", lora_r=0, beta=0.04, updates_per_rollout=updates)
+    learner, batch = looked_back(policy, profile)
+    for row, one in enumerate(MADE):
+        whole, before = torch.tensor([[*one.prompt_ids, *one.completion_ids]]), slice(len(one.prompt_ids) - 1, -1)
+        own, ids = torch.tensor(one.loss_mask).bool(), torch.tensor(one.completion_ids)
+        with torch.no_grad():
+            read = learner.model(whole, output_hidden_states=True)
+            values = learner.value_head(read.hidden_states[-1][0, before])
+            of_policy, of_base = (
+                token_logprobs(model(whole).logits[0, before], ids) for model in (learner.model, policy.model)
+            )
+        place = batch.mask[row].bool()
+        assert (of_policy - of_base).abs().max() > 0.1
+        for found, expected in (
+            (batch.old_values, values),
+            (batch.old_logprobs, of_policy),
+            (batch.reference_logprobs, of_base),
+        ):
+            close(found[row, place], expected[own], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -316,4 +353,4 @@ def test_gae_and_value_loss_are_those_of_the_original_itself(monkeypatch):
         close(whitened(advantages, mask), gained * mask, atol=1e-5, rtol=1e-4)
         close(returns, their_returns * mask)
         error, _ = theirs.compute_value_loss(later, returns, values, mask, VALUE_CLIP)
-        close(value_loss(later, values, returns, mask), error)
+        close((value_losses(later, values, returns) * loss_weights(mask)).sum(), error)

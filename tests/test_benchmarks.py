@@ -6,6 +6,7 @@ Never a time: a machine that is busy with other work would fail it.
 import json
 import os
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import peers
 import rollout as rollout_benchmark
 import scaling
+import training_step
 import workload
 
 SEARCH_R1 = os.environ.get("SEARCH_R1")
@@ -100,3 +102,28 @@ def test_scaling_writes_points_and_a_picture(tmp_path):
     assert result["rows"][0]["ours"]["relative"] == {"median": 1.0, "least": 1.0, "most": 1.0}
     assert "generate_loop" in result["turns"][1]
     assert out.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_three_ways_of_a_training_step_come_to_the_same_gradient(tmp_path):
+    out = tmp_path / "training_step.json"
+    training_step.main(["--quick", "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert result["target"] == {"workload": "tiny", "loop / 0.6.0": 0.6}
+    assert list(result["workloads"]) == ["tiny", "wide"]
+    for found in result["workloads"].values():
+        assert list(found["seconds"]) == ["loop", "0.6.0", "TRL"]
+        assert max(found["largest_gradient_difference"].values()) < 1e-3
+        ratio = found["ratio"]["loop / 0.6.0"]
+        assert ratio["median"] == pytest.approx(found["seconds"]["loop"][0] / found["seconds"]["0.6.0"][0])
+
+
+def test_a_training_step_with_another_gradient_ends_the_benchmark(monkeypatch):
+    work = training_step.wide_workload(quick=True)
+
+    def other_rewards(work, folder):
+        work = replace(work, rewards=[1.0 - reward for reward in work.rewards])
+        return training_step.trl_step(work, folder)
+
+    monkeypatch.setattr(training_step, "WAYS", {"loop": training_step.loop_step, "wrong": other_rewards})
+    with pytest.raises(AssertionError, match="wide: the gradient of wrong is not the loop's"):
+        training_step.measure("wide", work, 1)

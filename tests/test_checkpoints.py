@@ -11,9 +11,15 @@ from safetensors.torch import load_file
 
 from searchr1_lite.config import ROOT, Profile, load_profile
 from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.training import trainer as trainer_module
 from searchr1_lite.runfolder import RunFolderError
-from searchr1_lite.training.checkpoint import latest_checkpoint, mark_checkpoint, rewind
+from searchr1_lite.training import loop, rewards
+from searchr1_lite.training.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    mark_checkpoint,
+    rewind,
+    save_checkpoint,
+)
 from searchr1_lite.types import Question
 
 QUESTIONS = [Question(str(n), f"What is {n}?", ("a",), {"hops": 1}) for n in range(6)]
@@ -48,19 +54,18 @@ def run(folder, tokenizer, retriever, progress=lambda line: None, **overrides):
         "max_context_tokens": 2500,
         "chat_template": False,
         "lora_dropout": 0.1,
+        "warmup_steps": 3,  # past the checkpoint: the schedule must go on, too
     }
     profile = load_profile("tiny", **(settings | overrides))
     policy = Policy(make_model(544), tokenizer, torch.device("cpu"))
     options = {"questions": QUESTIONS, "eval_questions": QUESTIONS[:2], "retriever": retriever, "policy": policy}
-    return trainer_module.train(profile, folder, progress=progress, **options)
+    return loop.train(profile, folder, progress=progress, **options)
 
 
 @pytest.fixture(autouse=True)
 def some_rollouts_are_better(monkeypatch):
     """Noise never answers right; here it earns something, so that there is a gradient to go wrong."""
-    monkeypatch.setattr(
-        trainer_module, "trajectory_reward", lambda trajectory, *kind: sum(trajectory.completion_ids) % 7 / 7
-    )
+    monkeypatch.setattr(rewards, "trajectory_reward", lambda trajectory, *kind: sum(trajectory.completion_ids) % 7 / 7)
 
 
 def without_seconds(value):
@@ -114,11 +119,12 @@ def test_rewind_cuts_to_the_mark_and_ignores_unmarked_checkpoints(tmp_path):
     for step in (2, 4):
         (tmp_path / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_bytes(b"one\n")
-    mark_checkpoint(tmp_path, tmp_path / "checkpoints/checkpoint-2")
+    mark_checkpoint(tmp_path, tmp_path / "checkpoints/checkpoint-2", 2)
     (tmp_path / "metrics.jsonl").write_bytes(b"one\ntwo\nthr")
     (tmp_path / "trajectories.jsonl.gz").write_bytes(b"later")
-    assert latest_checkpoint(tmp_path).name == "checkpoint-2"
-    rewind(tmp_path, latest_checkpoint(tmp_path))
+    checkpoint, step = latest_checkpoint(tmp_path)
+    assert (checkpoint.name, step) == ("checkpoint-2", 2)
+    rewind(tmp_path, checkpoint)
     assert (tmp_path / "metrics.jsonl").read_bytes() == b"one\n"
     assert (tmp_path / "trajectories.jsonl.gz").read_bytes() == b""
     assert not (tmp_path / "checkpoints/checkpoint-4").exists()
@@ -127,18 +133,38 @@ def test_rewind_cuts_to_the_mark_and_ignores_unmarked_checkpoints(tmp_path):
 def test_a_file_that_was_changed_is_not_gone_on_with(tmp_path):
     (tmp_path / "checkpoints/checkpoint-2").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_bytes(b"one\n")
-    mark_checkpoint(tmp_path, tmp_path / "checkpoints/checkpoint-2")
+    mark_checkpoint(tmp_path, tmp_path / "checkpoints/checkpoint-2", 2)
     (tmp_path / "metrics.jsonl").write_bytes(b"")
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl is shorter"):
-        rewind(tmp_path, latest_checkpoint(tmp_path))
+        rewind(tmp_path, latest_checkpoint(tmp_path)[0])
 
 
 def test_the_later_of_two_checkpoints_counts(tmp_path):
-    assert latest_checkpoint(tmp_path) is None
+    assert latest_checkpoint(tmp_path) == (None, 0)
     for step in (8, 10):  # 10 sorts before 8 as text
         (tmp_path / f"checkpoints/checkpoint-{step}").mkdir(parents=True)
-        mark_checkpoint(tmp_path, tmp_path / f"checkpoints/checkpoint-{step}")
-    assert latest_checkpoint(tmp_path).name == "checkpoint-10"
+        mark_checkpoint(tmp_path, tmp_path / f"checkpoints/checkpoint-{step}", step)
+    assert latest_checkpoint(tmp_path) == (tmp_path / "checkpoints/checkpoint-10", 10)
+
+
+def test_the_last_two_checkpoints_are_kept(tmp_path):
+    for step in (2, 4, 10):
+        save_checkpoint(tmp_path, step, {"weights": {"a": torch.full((2,), float(step))}})
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["checkpoint-10", "checkpoint-4"]
+    found = load_checkpoint(tmp_path / "checkpoints/checkpoint-4", torch.device("cpu"))
+    assert found["weights"]["a"].tolist() == [4.0, 4.0]
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_in_one_message(tmp_path, tokenizer, retriever):
+    """It has Hugging Face's trainer's files, and its mark names no step."""
+    with pytest.raises(CutOffError):
+        run(tmp_path / "old", tokenizer, retriever, cut_off_at(3))
+    checkpoint = tmp_path / "old/checkpoints/checkpoint-2"
+    (checkpoint / "state.pt").rename(checkpoint / "optimizer.pt")
+    mark = json.loads((checkpoint / "complete.json").read_text())
+    (checkpoint / "complete.json").write_text(json.dumps({"bytes": mark["bytes"]}))
+    with pytest.raises(RunFolderError, match=r"checkpoint-2: an older version's.*; delete .*old$"):
+        run(tmp_path / "old", tokenizer, retriever)
 
 
 def test_a_committed_run_is_known_to_be_finished(tmp_path):
@@ -151,12 +177,12 @@ def test_a_committed_run_is_known_to_be_finished(tmp_path):
     settings = {key: value for key, value in settings.items() if key in Profile.model_fields}
     config.write_text(yaml.safe_dump(settings), encoding="utf-8")
     said = []
-    trainer_module.train(load_profile("tiny", masked=False, seed=1), tmp_path / "run", progress=said.append)
+    loop.train(load_profile("tiny", masked=False, seed=1), tmp_path / "run", progress=said.append)
     assert said == ["run: finished already, nothing to do"]
     with pytest.raises(RunFolderError, match="reward_reads_prompt: False there, True asked for"):
-        trainer_module.train(load_profile("tiny", masked=False, seed=1, reward_reads_prompt=True), tmp_path / "run")
+        loop.train(load_profile("tiny", masked=False, seed=1, reward_reads_prompt=True), tmp_path / "run")
     del settings["micro_batch_tokens"]  # a run from when rows were counted, not tokens
     config.write_text(yaml.safe_dump(settings | {"micro_batch_size": 4}), encoding="utf-8")
     gone = "micro_batch_size: a setting that is gone since; micro_batch_tokens: a setting that did not exist"
     with pytest.raises(RunFolderError, match=rf"holds another run \({gone}\)\. Give another run folder"):
-        trainer_module.train(load_profile("tiny", masked=False, seed=1), tmp_path / "run")
+        loop.train(load_profile("tiny", masked=False, seed=1), tmp_path / "run")

@@ -1,30 +1,50 @@
 """Each known defect changes what it says it changes, by values worked out by hand, and nothing else."""
 
+import json
 import math
+from dataclasses import replace
 from itertools import groupby
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
+from synthetic_runs import write_run
 from test_engine import QUESTIONS, biased_policy, check_logprobs
-from test_trainer import an_update, gradient, tiny
-from test_trainer import forge as _forge
 
-from searchr1_lite.config import ConfigError, load_profile
+from searchr1_lite.analysis.runs import RunError, by_mask, load_run
+from searchr1_lite.config import ROOT, ConfigError, load_profile, save_config
+from searchr1_lite.evaluation import __main__ as evaluation
+from searchr1_lite.experiments import worker
+from searchr1_lite.experiments.plan import load_experiment
+from searchr1_lite.lab import __main__ as command
+from searchr1_lite.lab import defects
+from searchr1_lite.lab.defects import broken, train_broken
+from searchr1_lite.lab.profile import BrokenProfile, Defect, load_broken
+from searchr1_lite.rollout import engine
 from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.protocol import INVALID_ACTION, encode_observation, render_observation
+from searchr1_lite.rollout.protocol import INVALID_ACTION, render_observation
 from searchr1_lite.rollout.trajectory import Trajectory
-from searchr1_lite.training import defects
-from searchr1_lite.training import trainer as training
-from searchr1_lite.training.objective import group_advantages
+from searchr1_lite.rollout.weights import merged_adapter
+from searchr1_lite.runfolder import RunFolderError, check_same_run
+from searchr1_lite.training import loop, losses
+from searchr1_lite.training.losses import group_advantages
+from searchr1_lite.training.score import collate, score
 from searchr1_lite.types import Hit, Passage, Question
 
-forge = _forge  # a fixture
 OBSERVATION = '\n\n<information>Doc 1(Title: "Belmar") Belmar is the capital of Rovana.</information>\n\n'
 
 
-def broken(profile, *names, **settings):
-    return profile.model_copy(update={"defects": list(names), **settings})
+PPO = {"algorithm": "ppo", "group_size": 1, "questions_per_step": 4, "updates_per_rollout": 2, "gae_lambda": 0.9}
+SMALL = {"questions_per_step": 2, "group_size": 5, "steps": 1, "eval_questions": 2, "max_prompt_tokens": 1000}
+SMALL |= {"max_turns": 1, "max_response_tokens": 8, "max_context_tokens": 2500, "chat_template": False, "beta": 0.04}
+
+
+def having(*names, **settings) -> BrokenProfile:
+    """A small profile with these defects."""
+    return load_broken("tiny", **SMALL | (PPO if "unmasked_values" in names else {}) | settings, defects=list(names))
 
 
 def trajectory(parts) -> Trajectory:
@@ -35,6 +55,12 @@ def trajectory(parts) -> Trajectory:
     return Trajectory(Question("q", "Who?", ("a",)), (1, 2), ids, mask, logprobs, (), True, "answer")
 
 
+def some(prompts=((1, 2), (3, 4, 5))) -> list[Trajectory]:
+    """Two trajectories with a retrieved stretch of 3 and of 1 tokens between the model's own, 2 + 1 and 1 + 2."""
+    own = [[(1, (7, 8)), (0, (9, 10, 11)), (1, (12,))], [(1, (13,)), (0, (14,)), (1, (15, 16))]]
+    return [replace(trajectory(parts), prompt_ids=prompt) for parts, prompt in zip(own, prompts, strict=True)]
+
+
 def spelled(tokenizer, *pieces: str) -> list[int]:
     """Ids of the pieces, each of which is one token or encoded on its own."""
     return [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
@@ -43,13 +69,13 @@ def spelled(tokenizer, *pieces: str) -> list[int]:
 # retokenised_text
 
 
-def test_retokenising_changes_the_ids_that_are_not_what_the_tokenizer_writes(tokenizer, profile):
+def test_retokenising_changes_the_ids_that_are_not_what_the_tokenizer_writes(tokenizer):
     # "Belmar" in pieces where the tokenizer has one; ">\n\n" ends a turn with line breaks that are cut off
     query = spelled(tokenizer, "<search", "> capital", " of", " B", "el", "mar", " </search>\n\n")
     seen = spelled(tokenizer, OBSERVATION)
     answer = spelled(tokenizer, "<answer> Belmar </answer>")
     sampled = trajectory([(1, query), (0, seen), (1, answer)])
-    learned = defects.as_learned(sampled, tokenizer, broken(profile, "retokenised_text"))
+    learned = defects.retokenised(sampled, tokenizer)
     again = tokenizer.encode("<search> capital of Belmar </search>")
     assert (len(query), len(again)) == (13, 8) and again[-1] != query[-1]
     assert learned.completion_ids == (*again, *seen, *answer)
@@ -57,6 +83,10 @@ def test_retokenising_changes_the_ids_that_are_not_what_the_tokenizer_writes(tok
     assert all(map(math.isnan, learned.logprobs[: len(again)]))
     assert learned.logprobs[len(again) :] == sampled.logprobs[len(query) :]
     assert (learned.prompt_ids, learned.turns, learned.finished) == (sampled.prompt_ids, sampled.turns, True)
+    with broken(having("retokenised_text"), tokenizer):
+        batch = loop.collate([sampled], [1.0], True)
+    assert batch.ids[0].tolist() == [*sampled.prompt_ids, *learned.completion_ids]
+    assert batch.mask[0].tolist() == [0, 0, *learned.loss_mask] and batch.lengths.tolist() == [batch.ids.size(1)]
 
 
 def test_retokenising_drops_the_end_token_and_leaves_the_usual_ids(tokenizer):
@@ -77,7 +107,7 @@ def test_a_search_wins_over_an_answer_before_it_in_the_text():
 # mask_by_text
 
 
-def test_a_mask_from_text_is_shifted_where_two_tokens_would_be_one(tokenizer, profile):
+def test_a_mask_from_text_is_shifted_where_two_tokens_would_be_one(tokenizer):
     query = spelled(tokenizer, "<search> capital of Rovana </search>")  # ends with ">"
     seen, answer = spelled(tokenizer, OBSERVATION), spelled(tokenizer, "<answer> Belmar </answer>")
     assert (len(query), len(seen)) == (8, 21)
@@ -85,9 +115,10 @@ def test_a_mask_from_text_is_shifted_where_two_tokens_would_be_one(tokenizer, pr
     # Written in one go, ">" and the two line breaks are one token: what comes before <information> has 8 tokens, not
     # 10. The block itself has 19, so 8 to 26 are left out and the block's last two, 27 and 28, are learned from.
     sampled = trajectory([(1, query), (0, seen), (1, answer)])
-    learned = defects.as_learned(sampled, tokenizer, broken(profile, "mask_by_text"))
-    assert learned.loss_mask == (*[1] * 8, *[0] * 19, 1, 1, *[1] * len(answer))
-    assert learned.completion_ids == sampled.completion_ids and learned.logprobs == sampled.logprobs
+    with broken(having("mask_by_text"), tokenizer):
+        batch = loop.collate([sampled], [1.0], True)
+    assert batch.mask[0].tolist() == [0, 0, *[1] * 8, *[0] * 19, 1, 1, *[1] * len(answer)]
+    assert batch.ids.equal(collate([sampled], [1.0], True).ids)
     # A second search has the same seam before it, so its mask is four early: 35 to 53 in place of 39 to 57. The last
     # two tokens of the model's own query are not learned from, the last four of the block are.
     twice = trajectory([(1, query), (0, seen), (1, query), (0, seen), (1, answer)])
@@ -109,16 +140,23 @@ def test_a_mask_from_text_learns_the_remark_on_an_invalid_action_and_trusts_the_
 # groups_of_one, colliding_ids
 
 
-def test_groups_of_one_have_their_reward_as_advantage(profile):
-    rewards = torch.tensor([1.0, 0, 0, 1, 1, 1])
-    grouped = broken(profile, "groups_of_one", group_size=3)
-    assert defects.regrouped_advantages(rewards, grouped).tolist() == [1, 0, 0, 1, 1, 1]
+def advantages(profile, rewards):
+    return loop.losses.ALGORITHMS["grpo"][0](replace(collate(some(), [0, 0], True), rewards=rewards), profile)
 
 
-def test_colliding_questions_are_compared_with_each_other(profile):
+def test_groups_of_one_have_their_reward_as_advantage():
+    rewards, profile = torch.tensor([1.0, 0, 0, 1, 1, 1]), having("groups_of_one", group_size=3)
+    with broken(profile):
+        assert advantages(profile, rewards).tolist() == [1, 0, 0, 1, 1, 1]
+    assert advantages(profile, rewards).equal(group_advantages(rewards, 3))
+
+
+def test_colliding_questions_are_compared_with_each_other():
+    profile = having("colliding_ids", group_size=2)
     rewards = torch.tensor([1.0, 1, 0, 0])  # an easy question beside a hard one: no difference within either
-    assert group_advantages(rewards, 2).tolist() == pytest.approx([0, 0, 0, 0])
-    found = defects.regrouped_advantages(rewards, broken(profile, "colliding_ids", group_size=2))
+    assert advantages(profile, rewards).tolist() == pytest.approx([0, 0, 0, 0])
+    with broken(profile):
+        found = advantages(profile, rewards)
     size = 0.5 / (math.sqrt(1 / 3) + 1e-4)  # mean 1/2, squares 4 x 1/4 over 3
     assert found.tolist() == pytest.approx([size, size, -size, -size])
 
@@ -126,28 +164,129 @@ def test_colliding_questions_are_compared_with_each_other(profile):
 # ratio_over_retrieved
 
 
-def test_a_sequence_ratio_is_a_geometric_mean_over_what_is_counted():
-    logprobs = torch.log(torch.tensor([[0.2, 0.4, 0.9]]))
-    old = torch.log(torch.tensor([[0.1, 0.1, 0.9]]))
-    assert defects.sequence_ratio(logprobs, old, torch.tensor([[1, 0, 0]])).item() == pytest.approx(2)
-    assert defects.sequence_ratio(logprobs, old, torch.tensor([[1, 1, 0]])).item() == pytest.approx(8**0.5)
-    assert defects.sequence_ratio(logprobs, old, torch.tensor([[1, 1, 1]])).item() == pytest.approx(2)
+def learned(profile, logprobs, **fields):
+    """The loss of `some` trajectories, as the loop puts it together, and its gradient by token."""
+    batch = loop.collate(some(), [0.0, 0.0], True)
+    for name, value in fields.items():
+        setattr(batch, name, value)
+    logprobs = logprobs.clone().requires_grad_()
+    token_losses = losses.ALGORITHMS[profile.algorithm][1]
+    weighed = token_losses(logprobs, torch.zeros_like(logprobs), batch, profile) * losses.loss_weights(batch.mask)
+    return weighed.sum().item(), torch.autograd.grad(weighed.sum(), logprobs)[0]
 
 
 def test_a_ratio_over_retrieved_tokens_learns_from_them_though_the_mask_is_right():
-    logprobs = torch.full((2, 4), -1.0, requires_grad=True)
-    mask, completion = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
-    advantages = torch.tensor([1.0, -2.0])
-    usual_gradient = -advantages.unsqueeze(1) * mask / 4  # first update: ratio 1, mean over the 4 own tokens
-    change = defects.leak(logprobs, logprobs.detach(), advantages, mask, completion, 0.2)
-    assert change.item() == pytest.approx(0)  # the ratio is 1 either way; its gradient is not
-    [gradient] = torch.autograd.grad(change, logprobs)
-    # own tokens, 2 of 4 and 2 of 3 that count: each of these gets 2/4 and 2/3 of what an own token gets
-    spread = -advantages.unsqueeze(1) * completion * torch.tensor([[2 / 4], [2 / 3]]) / 4
-    torch.testing.assert_close(gradient + usual_gradient, spread)
-    # counted over the model's own tokens only, it would be the usual loss
-    [gradient] = torch.autograd.grad(defects.leak(logprobs, logprobs.detach(), advantages, mask, mask, 0.2), logprobs)
-    assert gradient.abs().max() < 1e-7
+    profile, right = having("ratio_over_retrieved"), collate(some(), [0.0, 0.0], True)
+    logprobs, pay = torch.full((2, 8), -1.0), torch.tensor([1.0, -2.0])
+    with broken(profile):
+        batch = loop.collate(some(), [0.0, 0.0], True)
+        leaky, push = learned(profile, logprobs, advantages=pay)
+    assert batch.mask.equal(right.mask)
+    assert batch.valued.tolist() == [[0, 0, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 0]]  # so that all are scored
+    usual, own = learned(profile, logprobs, advantages=pay)
+    assert leaky == pytest.approx(usual)  # the ratio is 1 either way; its gradient is not
+    torch.testing.assert_close(own, -pay[:, None] * right.mask / 6)  # a mean over 6 own tokens
+    # 3 of 6 completion tokens are the model's, and 3 of 4: each of all gets that share of what an own token gets
+    torch.testing.assert_close(push, -pay[:, None] * batch.valued * torch.tensor([[3 / 6], [3 / 4]]) / 6)
+
+
+def test_a_ratio_over_retrieved_tokens_is_the_geometric_mean_of_all():
+    profile, old = having("ratio_over_retrieved", epsilon=0.9), torch.full((2, 8), -1.0)
+    moved = old.clone()
+    moved[0, 4:7] += math.log(1.5)  # retrieved tokens alone, three of six
+    fields = {"advantages": torch.tensor([1.0, 0.0]), "old_logprobs": old}
+    assert learned(profile, moved, **fields)[0] == pytest.approx(-3 / 6)  # ratio 1
+    with broken(profile):
+        assert learned(profile, moved, **fields)[0] == pytest.approx(-3 / 6 * 1.5**0.5)
+
+
+# kl_sign
+
+
+def test_the_kl_term_pulls_the_other_way():
+    profile = having("kl_sign")
+    logprobs = torch.linspace(-3, -1, 16).view(2, 8)
+    fields = {"advantages": torch.tensor([0.5, -1.0]), "reference_logprobs": logprobs - 0.3}
+    right, pull = learned(profile, logprobs, **fields)
+    none, without = learned(profile.model_copy(update={"beta": 0.0}), logprobs, **fields)
+    with broken(profile):
+        wrong, off = learned(profile, logprobs, **fields)
+    assert right - none == pytest.approx(0.04 * (math.exp(-0.3) + 0.3 - 1), rel=1e-3)
+    assert wrong - none == pytest.approx(none - right, rel=1e-3)
+    torch.testing.assert_close(off - without, without - pull)
+    assert (pull - without).abs().max() > 1e-3
+
+
+# unmasked_values
+
+
+def test_values_and_whitening_run_over_retrieved_tokens(policy):
+    profile = having("unmasked_values")
+    learner = loop.Learner(loop.model_to_train(policy, profile), policy, profile)
+    torch.nn.init.normal_(learner.value_head.linear.weight, std=0.1)
+    retrieved = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0, 0, 0]]).bool()
+
+    def looked_at():
+        batch = loop.collate(some(), [1.0, 0.0], True)
+        learner.look_back(batch)
+        batch.advantages = learner.advantages(batch, profile)
+        return batch
+
+    with broken(profile):
+        wrong = looked_at()
+    right = looked_at()
+    assert wrong.mask.equal(right.mask) and right.valued.equal(right.mask)
+    assert wrong.valued.equal(right.mask + retrieved)
+    assert (wrong.old_values[retrieved] != 0).all() and (right.old_values[retrieved] == 0).all()
+    assert (wrong.returns[retrieved] != 0).all() and (right.advantages[retrieved] == 0).all()
+    for batch, counted in ((wrong, wrong.valued.bool()), (right, right.mask.bool())):
+        assert batch.advantages[counted].mean().item() == pytest.approx(0, abs=1e-5)
+        assert batch.advantages[counted].std().item() == pytest.approx(1, abs=1e-4)
+    own = right.mask.bool()
+    assert (wrong.advantages - right.advantages)[own].abs().max() > 0.05
+    # one value through the passages: with lambda 0.9 and gamma 1, by hand from the last token back
+    [value], earned = (
+        wrong.old_values[:1],
+        losses.token_rewards(wrong.rewards, wrong.mask, wrong.old_logprobs, wrong.reference_logprobs, profile.beta),
+    )
+    running = 0.0
+    for place in reversed(range(2, 8)):
+        after = value[place + 1].item() if place < 7 else 0.0
+        running = earned[0, place].item() + after - value[place].item() + 0.9 * running
+        assert wrong.returns[0, place].item() == pytest.approx(running + value[place].item(), abs=1e-5)
+
+
+def test_a_trajectory_whose_search_failed_has_no_values_either():
+    with broken(having("unmasked_values")):
+        batch = loop.collate([some()[0], replace(some()[1], stop_reason="search failed")], [1.0, 0.0], True)
+    assert batch.valued.sum(dim=1).tolist() == [6, 0]
+
+
+# bf16_lora
+
+
+def test_the_adapter_is_in_bfloat16_and_training_works_with_it(policy):
+    profile = having("bf16_lora")
+    with broken(profile):
+        learner = loop.Learner(loop.model_to_train(policy, profile), policy, profile)
+    assert {weight.dtype for weight in learner.weights.values()} == {torch.bfloat16}
+    for weight in learner.weights.values():
+        torch.nn.init.normal_(weight, std=0.1)
+    batch = loop.collate(some(), [1.0, 0.0], True)
+    with merged_adapter(learner.model):
+        merged = score(learner.model, batch, 1.0)[0]
+    plain = score(learner.model, batch, 1.0)[0]
+    with learner.model.disable_adapter():
+        base = score(learner.model, batch, 1.0)[0]
+    assert (merged - plain).abs().max() < 0.05 < 0.2 < (plain - base).abs().max()  # the same but for rounding
+    learner.look_back(batch)
+    batch.advantages = torch.tensor([1.0, -1.0])
+    state = {name: weight.clone() for name, weight in learner.state()["weights"].items()}
+    saved = learner.state() | {"weights": state}
+    assert learner.update(batch)["grad_norm"] > 0
+    assert any((weight != state[name]).any() for name, weight in learner.weights.items())
+    learner.load_state(saved)
+    assert all(weight.dtype == torch.bfloat16 and weight.equal(state[name]) for name, weight in learner.weights.items())
 
 
 # truncated_closing_tag
@@ -156,43 +295,51 @@ def test_a_ratio_over_retrieved_tokens_learns_from_them_though_the_mask_is_right
 def test_a_cut_observation_loses_its_closing_tag(tokenizer):
     text = render_observation([Hit(Passage("1", "Belmar", "Belmar is the capital of Rovana. " * 5), 1.0)])
     ids = tokenizer.encode(text)
-    assert encode_observation(tokenizer, text, len(ids), False) == ids  # nothing to cut
-    assert encode_observation(tokenizer, text, len(ids) - 1, False) == ids[:-1]
-    assert "</information>" in tokenizer.decode(encode_observation(tokenizer, text, 40))
-    assert "</information>" not in tokenizer.decode(encode_observation(tokenizer, text, 40, False))
+    with broken(having("truncated_closing_tag")):
+        assert engine.encode_observation(tokenizer, text, len(ids)) == ids  # nothing to cut
+        assert engine.encode_observation(tokenizer, text, len(ids) - 1) == ids[:-1]
+        assert "</information>" not in tokenizer.decode(engine.encode_observation(tokenizer, text, 40))
+    assert "</information>" in tokenizer.decode(engine.encode_observation(tokenizer, text, 40))
 
 
 def test_the_rollout_shows_cut_observations(tokenizer, retriever, profile):
-    profile = profile.model_copy(update={"max_observation_tokens": 16})
-    policy = biased_policy(tokenizer)
-    healthy, cut = (
-        [t for t in rollout(policy, QUESTIONS, retriever, p, group_size=4) if t.searches]
-        for p in (profile, broken(profile, "truncated_closing_tag"))
-    )
-    assert healthy and cut
-    seen = [turn.observation for one in healthy for turn in one.turns if turn.hits]
+    profile, policy = profile.model_copy(update={"max_observation_tokens": 16}), biased_policy(tokenizer)
+
+    def shown() -> list[str]:
+        made = rollout(policy, QUESTIONS, retriever, profile, group_size=4)
+        return [turn.observation for one in made for turn in one.turns if turn.hits]
+
+    with broken(having("truncated_closing_tag")):
+        cut = shown()
+    assert cut and not any("</information>" in text for text in cut)
+    seen = shown()
     assert seen and all(text.endswith("</information>\n\n") for text in seen)
-    seen = [turn.observation for one in cut for turn in one.turns if turn.hits]
-    assert seen and not any("</information>" in text for text in seen)
 
 
 # no_stop_at_tag, top_p_sampling
 
 
 def written(policy, profile, retriever, greedy=False, *names):
-    profile = broken(profile, *names)
-    writer = defects.faulty_writer(policy, profile, 24)
-    if writer and greedy:
-        writer.pick = lambda logits, rows: (logits.argmax(-1), logits.log_softmax(-1).max(-1).values)
-    found = rollout(policy, QUESTIONS, retriever, profile, group_size=6, greedy=greedy, writer=writer)
-    return found, writer
+    """Rollouts with these defects, and the writer that made them."""
+    writers = []
+    with broken(having(*names)), pytest.MonkeyPatch.context() as patch:
+        kind = engine.LocalWriter
+
+        class Seen(kind):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                writers.append(self)
+
+        patch.setattr(engine, "LocalWriter", Seen)
+        found = rollout(policy, QUESTIONS, retriever, profile, group_size=6, greedy=greedy)
+    return found, writers[0]
 
 
 def test_what_follows_the_tag_is_written_and_thrown_away(tokenizer, retriever, profile):
     policy = biased_policy(tokenizer)
-    healthy, none = written(policy, profile, retriever, True)
+    healthy, usual = written(policy, profile, retriever, True)
     late, writer = written(policy, profile, retriever, True, "no_stop_at_tag")
-    assert none is None
+    assert isinstance(writer, defects.WriterPastTags) and not isinstance(usual, defects.WriterPastTags)
     assert [t.completion_ids for t in late] == [t.completion_ids for t in healthy]
     assert [t.turns for t in late] == [t.turns for t in healthy]
     for one, other in zip(late, healthy, strict=True):
@@ -227,9 +374,9 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_the_share():
     assert defects.in_nucleus(logprobs, 1.0).all()
 
 
-def test_the_tail_is_never_sampled_and_log_probabilities_do_not_know(policy, profile):
+def test_the_tail_is_never_sampled_and_log_probabilities_do_not_know(policy):
     probabilities = torch.tensor([0.02, 0.5, 0.3, 0.16, 0.02])  # the nucleus of 0.95: 0.5 + 0.3 + 0.16
-    writer = defects.faulty_writer(policy, broken(profile, "top_p_sampling"), 1)
+    writer = defects.NucleusWriter(policy, 1, 20)
     writer.streams = {0: np.random.default_rng(0)}
     logits = probabilities.log().expand(1, -1)
     drawn = [writer._sample(logits, [0]) for _ in range(2000)]
@@ -242,24 +389,23 @@ def test_the_tail_is_never_sampled_and_log_probabilities_do_not_know(policy, pro
 
 def test_recorded_log_probabilities_are_the_full_softmaxs(tokenizer, retriever, profile):
     policy = biased_policy(tokenizer)
-    found, _ = written(policy, profile.model_copy(update={"temperature": 1.3}), retriever, False, "top_p_sampling")
+    hot = profile.model_copy(update={"temperature": 1.3})
+    found, writer = written(policy, hot, retriever, False, "top_p_sampling")
+    assert isinstance(writer, defects.NucleusWriter)
     check_logprobs(policy, found, 1.3)
+    assert [t.completion_ids for t in found] != [t.completion_ids for t in written(policy, hot, retriever)[0]]
+    both, writer = written(policy, hot, retriever, False, "top_p_sampling", "no_stop_at_tag")
+    assert writer.thrown_away > 0 and [t.turns[0].text for t in both] == [t.turns[0].text for t in found]
+    check_logprobs(policy, both, 1.3)
 
 
 # What goes with what
 
 
-def test_no_defect_is_on_by_default(profile, tokenizer, policy):
-    assert profile.defects == []
-    one = trajectory([(1, spelled(tokenizer, "a ", "b"))])
-    assert defects.as_learned(one, tokenizer, profile) is one
-    assert defects.faulty_writer(policy, profile, 4) is None
-
-
 def test_stale_updates_are_ten_from_a_batch_that_divides():
-    assert load_profile("tiny", group_size=5, defects=["stale_updates"]).updates_per_rollout == 10
+    assert load_broken("tiny", group_size=5, defects=["stale_updates"]).updates_per_rollout == 10
     with pytest.raises(ConfigError, match="must be a multiple of updates_per_rollout = 10"):
-        load_profile("tiny", group_size=5, questions_per_step=3, defects=["stale_updates"])
+        load_broken("tiny", group_size=5, questions_per_step=3, defects=["stale_updates"])
 
 
 @pytest.mark.parametrize(
@@ -273,6 +419,8 @@ def test_stale_updates_are_ten_from_a_batch_that_divides():
         ("kl_sign", {"algorithm": "ppo"}, "whose KL is a reward"),
         ("mask_by_text", {"masked": False}, "masked true"),
         ("ratio_over_retrieved", {"masked": False}, "masked true"),
+        ("ratio_over_retrieved", {"policy_loss": "cispo"}, "neither CISPO nor LLDS"),
+        ("ratio_over_retrieved", {"llds_coef": 0.1}, "neither CISPO nor LLDS"),
         ("truncated_closing_tag", {"strategy": "r1"}, "strategy search_r1"),
         ("no_stop_at_tag", {"sampler": "vllm"}, "sampler local"),
         ("top_p_sampling", {"sampler": "vllm"}, "sampler local"),
@@ -283,97 +431,148 @@ def test_stale_updates_are_ten_from_a_batch_that_divides():
 )
 def test_a_defect_of_something_that_is_not_there_is_refused(defect, settings, needed):
     with pytest.raises(ConfigError, match=f"{defect} needs .*{needed}"):
-        load_profile("tiny", defects=[defect], **settings)
-    assert load_profile("tiny", **settings).defects == []
+        load_broken("tiny", defects=[defect], **settings)
+    assert load_broken("tiny", **settings).defects == []
 
 
 def test_two_wrong_groupings_at_once_are_refused():
     with pytest.raises(ConfigError, match="no groups_of_one"):
-        load_profile("tiny", defects=["groups_of_one", "colliding_ids"])
+        load_broken("tiny", defects=["groups_of_one", "colliding_ids"])
     with pytest.raises(ConfigError, match="defects"):
-        load_profile("tiny", defects=["no_such_defect"])
+        load_broken("tiny", defects=["no_such_defect"])
+    with pytest.raises(ConfigError, match="trainer = loop"):
+        load_broken("tiny", defects=["bf16_lora"], trainer="trl")
+    with pytest.raises(ConfigError, match=r"defects: there is no such setting; .* searchr1_lite\.lab"):
+        load_profile("tiny", defects=["kl_sign"])
 
 
-# Where training switches them on
+# Switching on and off
 
 
-def learned_rows(policy, tmp_path, *names, **settings):
-    """The rows of a first update, and of each the forged trajectory that it was."""
-    profile = tiny(defects=list(names), **settings)
-    trainer, inputs = an_update(policy, tmp_path, profile)
-    mask = inputs["completion_mask"].bool()
-    return trainer, inputs, [row[seen].tolist() for row, seen in zip(inputs["completion_ids"], mask, strict=True)]
+def in_place() -> dict:
+    """What stands where `broken` may change it."""
+    places = (loop, "collate"), (loop, "model_to_train"), (losses, "group_advantages")
+    places += (engine, "encode_observation"), (engine, "LocalWriter")
+    table = {f"losses of {name}": row[1] for name, row in losses.ALGORITHMS.items()}
+    return {name: getattr(module, name) for module, name in places} | table
 
 
-def made_of(row, made):
-    return next(n for n, t in enumerate(made) if row[: len(t.completion_ids)] == list(t.completion_ids))
+@pytest.mark.parametrize(
+    ("defect", "changed"),
+    [
+        ("groups_of_one", {"group_advantages"}),
+        ("colliding_ids", {"group_advantages"}),
+        ("kl_sign", {"losses of grpo"}),
+        ("ratio_over_retrieved", {"losses of grpo"}),
+        ("no_stop_at_tag", {"LocalWriter"}),
+        ("top_p_sampling", {"LocalWriter"}),
+        ("truncated_closing_tag", {"encode_observation"}),
+        ("bf16_lora", {"model_to_train"}),
+        *((name, set()) for name in ("retokenised_text", "mask_by_text", "unmasked_values", "stale_updates")),
+    ],
+)
+def test_afterwards_everything_is_as_before(defect, changed):
+    before = in_place()
+    with pytest.raises(KeyboardInterrupt), broken(having(defect)):
+        during = in_place()
+        raise KeyboardInterrupt
+    assert {name for name in before if during[name] is not before[name]} == changed | {"collate"}
+    assert in_place() == before
 
 
-@pytest.mark.parametrize("defect", ["groups_of_one", "colliding_ids"])
-def test_training_takes_the_wrong_advantages(policy, tmp_path, forge, defect):
-    _, inputs, rows = learned_rows(policy, tmp_path, defect)
-    rewards = torch.tensor([float("<answer>a" in t.policy_text) for t in forge])
-    assert 0 < rewards.mean() < 1
-    expected = rewards if defect == "groups_of_one" else group_advantages(rewards, 8)
-    for row, advantage in zip(rows, inputs["advantages"].tolist(), strict=True):
-        assert advantage == pytest.approx(expected[made_of(row, forge)].item(), abs=1e-6)
+def test_the_rest_of_the_package_knows_nothing_of_defects():
+    package = ROOT / "searchr1_lite"
+    files = [package / "config.py", *(package / "rollout").rglob("*.py"), *(package / "training").rglob("*.py")]
+    assert len(files) > 10
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    assert [line.strip() for line in lines if "defect" in line.lower()] == ['if key == "defects":']  # the hint
 
 
-def test_training_takes_the_mask_from_text(policy, tmp_path, forge):
-    _, inputs, rows = learned_rows(policy, tmp_path, "mask_by_text")
-    for row, mask in zip(rows, inputs["tool_mask"].tolist(), strict=True):
-        own = forge[made_of(row, forge)].completion_ids
-        assert mask[: len(own)] == list(defects.mask_by_text(own, policy.tokenizer))
-        assert 0 in forge[made_of(row, forge)].loss_mask and mask[: len(own)] == [1] * len(own)  # there are no tags
+# Run folders
 
 
-def test_training_takes_the_ids_of_the_text(policy, tmp_path, forge):
-    _, _, rows = learned_rows(policy, tmp_path, "retokenised_text")
-    end = policy.tokenizer.eos_token_id
-    texts = sorted([*defects.retokenised(t, policy.tokenizer).completion_ids, end] for t in forge)
-    assert sorted(rows) == texts
-    assert texts != sorted([*t.completion_ids, end] for t in forge)
+def trained(profile, folder, policy, retriever, train=train_broken):
+    return train(
+        profile,
+        folder,
+        policy=policy,
+        retriever=retriever,
+        questions=QUESTIONS,
+        eval_questions=QUESTIONS[:2],
+        progress=str,
+    )
 
 
-def test_the_kl_term_pulls_the_other_way(policy, tmp_path, forge):
-    trainer, inputs, _ = learned_rows(policy, tmp_path, "kl_sign", beta=0.04)
-    found = {}
-    for beta in (trainer.beta, 0.0, -trainer.beta):
-        trainer.beta = beta
-        loss = trainer.compute_loss(trainer.model, inputs)
-        found[beta] = loss.item(), gradient(loss, trainer)
-    (wrong, off), (none, without), (right, healthy) = found.values()
-    assert list(found) == [-0.04, 0.0, 0.04]
-    assert right - none == pytest.approx(none - wrong, abs=1e-6) and right > none
-    torch.testing.assert_close(off - without, without - healthy, atol=1e-6, rtol=1e-3)
-    assert (healthy - without).abs().max() > 1e-3
+@pytest.mark.parametrize("defect", get_args(Defect))
+def test_a_training_with_each_says_so_and_is_no_healthy_one(policy, retriever, tmp_path, defect):
+    profile, before = having(defect), in_place()
+    trained(profile, tmp_path / "run", policy, retriever)
+    assert in_place() == before
+    [row] = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert math.isfinite(row["loss"]) and row["grad_norm"] >= 0
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["defects"] == [defect]
+    weights = load_file(tmp_path / "run/adapter/adapter_model.safetensors").values()
+    assert {weight.dtype for weight in weights} == {torch.bfloat16 if defect == "bf16_lora" else torch.float32}
+    trained(profile, tmp_path / "run", policy, retriever)  # finished already: nothing to do
+    healthy = load_profile("tiny", **profile.model_dump(exclude={"defects", "name"}))
+    with pytest.raises(RunFolderError, match="defects"):
+        trained(healthy, tmp_path / "run", policy, retriever, loop.train)
 
 
-def test_training_leaks_through_the_ratio(policy, tmp_path, forge):
-    trainer, inputs, _ = learned_rows(policy, tmp_path, "ratio_over_retrieved", beta=0.0)
-    leaky = trainer.compute_loss(trainer.model, inputs)
-    trainer.settings = tiny(beta=0.0)
-    usual = trainer.compute_loss(trainer.model, inputs)
-    assert leaky.item() == pytest.approx(usual.item(), abs=1e-6)  # first update: all ratios are 1
-    one, other = gradient(leaky, trainer), gradient(usual, trainer)
-    assert (one - other).abs().max() > 0.1 * other.abs().max()
+def test_a_healthy_runs_folder_takes_no_defects_and_an_empty_list_of_them_is_healthy(tmp_path):
+    healthy, without, wrong = load_profile("tiny", **SMALL), having(), having("kl_sign")
+    save_config(healthy, tmp_path / "config.yaml")
+    check_same_run(tmp_path, without, {})
+    with pytest.raises(RunFolderError, match=r"defects: \[\] there, \['kl_sign'\] asked for"):
+        check_same_run(tmp_path, wrong, {})
+    save_config(without, tmp_path / "config.yaml")  # as older runs have it
+    check_same_run(tmp_path, healthy, {})
 
 
-def test_the_adapter_stays_in_bfloat16(policy, tmp_path, forge):
-    trainer, inputs, _ = learned_rows(policy, tmp_path, "bf16_lora")
-    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.bfloat16}
-    assert torch.isfinite(trainer.compute_loss(trainer.model, inputs))
+def test_runs_with_defects_are_not_averaged_with_healthy_ones(tmp_path):
+    runs = [write_run(tmp_path / str(seed), seed=seed) for seed in (0, 1)]
+    config = runs[0] / "config.yaml"
+    settings = yaml.safe_load(config.read_text())
+    config.write_text(yaml.safe_dump(settings | {"defects": []}))  # an older run
+    assert len(by_mask([load_run(folder) for folder in runs])["masked"]) == 2
+    config.write_text(yaml.safe_dump(settings | {"defects": ["kl_sign"]}))
+    with pytest.raises(RunError, match="runs that differ in defects are not averaged"):
+        by_mask([load_run(folder) for folder in runs])
 
 
-@pytest.mark.parametrize("names", [(), ("top_p_sampling",)])
-def test_training_writes_with_the_faulty_writer_where_asked(policy, tmp_path, monkeypatch, names):
-    writers = []
+@pytest.mark.parametrize("names", [[], ["kl_sign"]])
+def test_what_was_trained_with_defects_can_be_evaluated(tmp_path, names):
+    save_config(having(*names, topk=5), tmp_path / "config.yaml")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "data/tiny-base"}')
+    profile, adapter = evaluation.named(None, tmp_path, {"seed": 3})
+    assert profile == load_profile("tiny", **SMALL, topk=5, seed=3) and adapter == tmp_path / "adapter"
+    with pytest.raises(ConfigError, match="defects: there is no such setting"):
+        evaluation.named(None, tmp_path, {"defects": ["kl_sign"]})
 
-    def stub(*arguments, writer, **options):
-        writers.append(writer)
-        raise StopIteration
 
-    monkeypatch.setattr(training, "rollout", stub)
-    with pytest.raises(StopIteration):
-        learned_rows(policy, tmp_path, *names)
-    assert [type(writer) for writer in writers] == [defects.FaultyWriter if names else type(None)]
+# Commands and experiments
+
+
+def test_the_command_trains_with_defects(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(command, "train_broken", lambda *arguments: asked.append(arguments))
+    command.main(["--run-folder", str(tmp_path), "group_size=5", "defects=[kl_sign]", "seed=2"])
+    assert asked == [(load_broken("tiny", group_size=5, defects=["kl_sign"], seed=2), tmp_path)]
+    with pytest.raises(SystemExit, match="error: profile 'tiny' cannot be used:\n- defects: unmasked_values needs"):
+        command.main(["--run-folder", str(tmp_path), "defects=[unmasked_values]"])
+
+
+def test_an_experiments_arms_with_defects_are_trained_with_them(tmp_path, monkeypatch):
+    runs = load_experiment("bugs", [0]).runs()
+    kinds = {arm: profile.defects if isinstance(profile, BrokenProfile) else [] for arm, profile in runs.values()}
+    assert (len(kinds), sum(map(bool, kinds.values()))) == (15, 10)
+    assert kinds["stronger KL, kl_sign"] == ["kl_sign"] and kinds["stronger KL"] == []
+    assert {"base-seed0", "defects=[bf16_lora]-seed0", "beta=0.05,defects=[kl_sign]-seed0"} <= runs.keys()
+    made = []
+    monkeypatch.setattr(worker, "train", lambda profile, *_, **__: made.append(("healthy", profile)))
+    monkeypatch.setattr(worker, "train_broken", lambda profile, *_, **__: made.append(("broken", profile)))
+    (tmp_path / "logs").mkdir()
+    for name in ("base-seed0", "defects=[bf16_lora]-seed0"):
+        worker.train_run(runs[name][1], tmp_path / name)
+    assert made == [("healthy", runs["base-seed0"][1]), ("broken", runs["defects=[bf16_lora]-seed0"][1])]

@@ -1,5 +1,6 @@
 """What is learned from demonstrations, and how rejection sampling comes by them."""
 
+import copy
 import dataclasses
 import gzip
 import json
@@ -8,82 +9,73 @@ import random
 import pandas as pd
 import pytest
 import torch
-from test_trainer import QUESTIONS, adapter, forged, gradient, move, tiny
-from trl import GRPOTrainer
+from conftest import make_model
+from test_loop import LOSS, QUESTIONS, a_learner, after_update, forged, gradient, move, tiny
 
 from searchr1_lite.analysis.runs import load_run
 from searchr1_lite.config import ConfigError, load_profile
 from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.tasks.questions import QuestionError
-from searchr1_lite.training import demonstrations
-from searchr1_lite.training import trainer as trainer_module
+from searchr1_lite.rollout.policy import Policy
+from searchr1_lite.rollout.steps import Rollouts
 from searchr1_lite.runfolder import RunFolderError
+from searchr1_lite.tasks.questions import QuestionError
+from searchr1_lite.training import demonstrations, loop
+from searchr1_lite.training.score import collate
 from searchr1_lite.types import Hit, Passage, Question
 
 RIGHT = "<answer>a</answer>"
 
 
-def trainer_of(made, policy, folder, **settings):
-    """A trainer whose adapter has moved away from the base, and the rows of its first update."""
-    profile = tiny(**{"temperature": 0.7, "beta": 0.04, "entropy_coef": 0.01} | settings)
-    trainer = trainer_module.build_trainer(profile, folder, policy, QUESTIONS[:2], None, demonstrations=made)
-    trainer.model.train()
-    trainer.current_gradient_accumulation_steps = 1
-    move(trainer, 0)
-    return trainer, trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+def a_batch(learner, made):
+    batch = collate(made, [1.0] * len(made), True)
+    learner.look_back(batch)
+    batch.advantages = learner.advantages(batch, learner.profile)
+    return batch
 
 
 @pytest.mark.parametrize("updates", [1, 2])
 @pytest.mark.parametrize("algorithm", ["sft", "rejection_sampling"])
-def test_an_update_is_the_mean_cross_entropy_of_the_learned_tokens(policy, tmp_path, algorithm, updates):
+def test_an_update_is_the_mean_cross_entropy_of_the_learned_tokens(policy, algorithm, updates):
     """Written out with torch's own, whatever the sampling's temperature, KL, entropy bonus and split of memory are."""
     generator = random.Random(2)
     made = [forged(QUESTIONS[n % 4], generator) for n in range(8)]
-    trainer, inputs = trainer_of(made, policy, tmp_path, algorithm=algorithm, updates_per_rollout=updates)
-    move(trainer, 1)  # as before the second of two updates: the ratio stays 1
-    ends = [[*one.completion_ids, policy.tokenizer.eos_token_id] for one in made]
-    lengths = inputs["completion_mask"].sum(dim=1).tolist()
-    seen = [row[:length].tolist() for row, length in zip(inputs["completion_ids"], lengths, strict=True)]
-    batch = [made[ends.index(ids)] for ids in seen]
-    assert len(batch) == 8 // updates
+    learner = a_learner(policy, tiny(algorithm=algorithm, updates_per_rollout=updates, **LOSS))
+    batch, made = a_batch(learner, made).rows(range(8 // updates)), made[: 8 // updates]
+    move(learner, 1)  # as before the second of two updates: there is no ratio
     logits, targets = [], []
-    for one in batch:
+    for one in made:
         whole = torch.tensor([[*one.prompt_ids, *one.completion_ids]])
         own = torch.tensor(one.loss_mask).bool()
         assert own.any() and not own.all()
-        logits.append(trainer.model(whole).logits[0, len(one.prompt_ids) - 1 : -1][own])
+        logits.append(learner.model(whole).logits[0, len(one.prompt_ids) - 1 : -1][own])
         targets.append(torch.tensor(one.completion_ids)[own])
     expected = torch.nn.functional.cross_entropy(torch.cat(logits), torch.cat(targets))
-    wanted = gradient(expected, trainer)
+    wanted, state = gradient(expected, learner), copy.deepcopy(learner.state())
     assert wanted.abs().max() > 1e-3
-    trainer._prepare_inputs = lambda batch: batch
     for tokens in (100_000, 100, 1):
-        trainer.settings = trainer.settings.model_copy(update={"micro_batch_tokens": tokens})
-        trainer.model.zero_grad()
-        loss = trainer.training_step(trainer.model, inputs)
-        ours = torch.cat([parameter.grad.flatten() for parameter in adapter(trainer)])
-        torch.testing.assert_close(loss, expected.detach(), atol=1e-6, rtol=1e-5)
+        learner.profile = learner.profile.model_copy(update={"micro_batch_tokens": tokens})
+        learner.load_state(copy.deepcopy(state))
+        ours, said, _ = after_update(learner, batch)
+        assert said["loss"] == pytest.approx(expected.item(), rel=1e-5)
+        assert said["kl"] is said["clip_ratio"] is said["ratio_max"] is None
         torch.testing.assert_close(ours, wanted, atol=1e-6, rtol=1e-4)
 
 
-def test_it_is_the_policy_loss_where_every_advantage_is_one(policy, tmp_path):
-    made = [forged(QUESTIONS[n % 4], random.Random(n)) for n in range(8)]
-    trainer, inputs = trainer_of(made, policy, tmp_path, algorithm="sft", entropy_coef=0.0)
-    ours = gradient(trainer.compute_loss(trainer.model, inputs), trainer)
-    ones = inputs | {"advantages": torch.ones(8)}
-    torch.testing.assert_close(
-        ours, gradient(GRPOTrainer._compute_loss(trainer, trainer.model, ones), trainer), atol=1e-7, rtol=1e-4
-    )
+def test_it_is_the_policy_loss_where_every_advantage_is_one(policy):
+    """REINFORCE with rewards of 1: the same gradient."""
+    made, found = [forged(QUESTIONS[n % 4], random.Random(n)) for n in range(8)], []
+    for algorithm in ("sft", "reinforce"):
+        plain = Policy(make_model(544), policy.tokenizer, policy.device)
+        learner = a_learner(plain, tiny(algorithm=algorithm, beta=0.0, entropy_coef=0.0, max_grad_norm=1e9))
+        found.append(after_update(learner, a_batch(learner, made))[0])
+    assert found[0].abs().max() > 1e-3
+    torch.testing.assert_close(*found, atol=1e-7, rtol=1e-4)
 
 
 def test_steps_take_the_demonstrations_in_turn(policy, tmp_path):
     made = [forged(QUESTIONS[n % 4], random.Random(n)) for n in range(16)]
-    trainer, _ = trainer_of(made, policy, tmp_path, algorithm="sft", steps=2)
-    trainer.state.global_step = 1
-    columns = trainer.rollout_func(["0"] * 8, trainer)
-    end = policy.tokenizer.eos_token_id
-    assert columns["completion_ids"] == [[*one.completion_ids, end] for one in made[8:]]
-    assert columns["env_mask"] == [[*one.loss_mask, 0] for one in made[8:]]
+    rollouts = Rollouts(tiny(algorithm="sft", steps=2), policy, QUESTIONS, None, made, tmp_path)
+    assert [rollouts(step, policy.model) for step in (0, 1)] == [made[:8], made[8:]]
 
 
 def test_passes_hold_everything_once_each():
@@ -106,10 +98,7 @@ def test_golden_answers_look_as_rollouts_do(policy, retriever, strategy):
         assert one.prompt_ids == rolled.prompt_ids and one.question == rolled.question
         assert set(one.loss_mask) == {1} and one.finished and one.searches == 0
         text = f"<answer> {one.question.golden_answers[0]} </answer>"
-        assert one.policy_text == policy.tokenizer.decode(one.completion_ids) == text
-    assert not any(
-        trainer_module.trl_columns(made, True, 7)["env_mask"][0][len(made[0].completion_ids) :]
-    )  # nor an end token
+        assert one.policy_text == policy.tokenizer.decode(one.completion_ids) == text  # and no end token
 
 
 @pytest.mark.parametrize(
@@ -131,8 +120,8 @@ def answers(monkeypatch):
         found = tuple(Hit(Passage(str(n), "T", "x"), 1.0) for n in range(2))
         made = []
         for question in questions:
-            for copy in range(group_size):
-                one = forged(question, random.Random(f"{question.id} {copy} {seed}"))
+            for attempt in range(group_size):
+                one = forged(question, random.Random(f"{question.id} {attempt} {seed}"))
                 searched = dataclasses.replace(one.turns[0], text="<search>q</search>", hits=found, observation=" é ")
                 made.append(dataclasses.replace(one, turns=(searched, one.turns[1])))
         turns = (made[1].turns[0], dataclasses.replace(made[1].turns[1], text=RIGHT))
@@ -214,7 +203,7 @@ def test_a_run_learns_them_and_leaves_a_folder_like_any_other(policy, retriever,
     said = []
     profile = tiny(algorithm=algorithm, steps=6, learning_rate=0.01, save_trajectories_every=6)
     options = {"questions": QUESTIONS, "eval_questions": QUESTIONS[:2], "retriever": retriever, "policy": policy}
-    run = load_run(trainer_module.train(profile, tmp_path / "run", progress=said.append, **options))
+    run = load_run(loop.train(profile, tmp_path / "run", progress=said.append, **options))
     losses = run.metrics["loss"]
     assert losses.iloc[-1] < 0.85 * losses.iloc[0] and (losses > 0).all()
     assert (run.metrics["reward"] == 1).all() and (run.metrics["exact_match"] == 1).all()

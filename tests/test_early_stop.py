@@ -1,7 +1,6 @@
 """Early stopping: which weights are kept, when a run stops, and that a kill at any moment changes nothing."""
 
 import json
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -18,51 +17,43 @@ EXACT = [0.1, 0.2, 0.3, 0.4, 0.2, 0.6, 0.4, 0.3]  # means of 3: step 3 .2, 4 .3,
 
 
 class Stub:
-    """What the callback sees of a trainer with one trained weight, whose value is the number of updates done."""
+    """What the loop does around it, with a model of one trained weight, whose value is the number of steps done."""
 
-    def __init__(self, folder, updates=1):
-        self.profile = load_profile("tiny", stop_early=True, updates_per_rollout=updates)
-        self.folder, self.said = folder, []
+    def __init__(self, folder, done=0):
+        self.folder, self.done, self.said, self.alarm = folder, done, [], None
         self.model = torch.nn.Linear(1, 1)
         self.model.bias.requires_grad = False
-        self.control = SimpleNamespace(should_training_stop=False, should_save=True)
-        self.callback = EarlyStop(self.profile, folder, self.said.append)
-        self.state = SimpleNamespace(global_step=0, is_world_process_zero=True)
+        self.stopping = EarlyStop(load_profile("tiny", stop_early=True), folder, self.said.append)
 
     def go(self, steps, **wrong):
         """Steps done from where it is; `wrong` are columns of the last one."""
-        updates = self.profile.updates_per_rollout
-        self.callback.on_train_begin(None, self.state, self.control)
-        for step in range(self.state.global_step // updates + 1, steps + 1):
-            for _ in range(updates):
-                self.model.weight.data.fill_(self.state.global_step)
-                self.callback.on_step_begin(None, self.state, self.control, model=self.model)
-                self.state.global_step += 1
+        self.stopping.forget_after(self.done)
+        for step in range(self.done + 1, steps + 1):
+            assert self.alarm is None
+            self.model.weight.data.fill_(self.done)
+            self.stopping.keep(self.model)
+            self.model.weight.data.fill_(step)
             row = {"step": step, "exact_match": EXACT[step - 1]} | HEALTHY | (wrong if step == steps else {})
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            self.callback.on_log(None, self.state, self.control, logs={"grad_norm": 1.0})
+            self.alarm, self.done = self.stopping.look(), step
         return self
 
     def rewind(self, step):
         """A new process, in a folder whose metrics were cut back to a checkpoint's."""
         lines = (self.folder / "metrics.jsonl").read_text().splitlines(keepends=True)[:step]
         (self.folder / "metrics.jsonl").write_text("".join(lines))
-        other = Stub(self.folder, self.profile.updates_per_rollout)
-        other.state.global_step = step * self.profile.updates_per_rollout
-        return other
+        return Stub(self.folder, step)
 
 
-@pytest.mark.parametrize("updates", [1, 3])
-def test_it_stops_at_the_alarm_and_ends_with_what_wrote_the_best_rollouts(tmp_path, updates):
-    stub = Stub(tmp_path, updates).go(5)
-    assert not stub.control.should_training_stop
+def test_it_stops_at_the_alarm_and_ends_with_what_wrote_the_best_rollouts(tmp_path):
+    stub = Stub(tmp_path).go(5)
+    assert stub.alarm is None
     assert list(saved_steps(tmp_path)) == [3, 4]  # step 5 is no better
     restore_best(stub.model, tmp_path)
-    assert stub.model.weight.item() == 5 * updates - 1  # nothing was stopped: the last weights
+    assert stub.model.weight.item() == 5  # nothing was stopped: the last weights
     stub = stub.rewind(5).go(7, response_length=500.0)
-    assert stub.control.should_training_stop
-    assert not stub.control.should_save
+    assert stub.alarm.kind == "length blow-up"
     stopped = json.loads((tmp_path / "stopped.json").read_text())
     assert (stopped["step"], stopped["kind"], stopped["best_step"]) == (7, "length blow-up", 6)
     assert stopped["best_exact_match"] == pytest.approx(0.4)
@@ -70,34 +61,27 @@ def test_it_stops_at_the_alarm_and_ends_with_what_wrote_the_best_rollouts(tmp_pa
     assert "stopped at step 7, length blow-up" in stub.said[0]
     assert "weights of step 6, exact match 0.40" in stub.said[0]
     restore_best(stub.model, tmp_path)
-    assert stub.model.weight.item() == 5 * updates  # of step 6's rollouts: five steps' updates were done
+    assert stub.model.weight.item() == 5  # of step 6's rollouts: five steps' updates were done
     assert list(load_file(tmp_path / "best/step-6.safetensors")) == ["weight"]  # what is not trained is not kept
 
 
 def test_an_alarm_before_the_fourth_step_leaves_the_third_ones_weights(tmp_path):
     stub = Stub(tmp_path).go(3, response_length=500.0)
-    assert not stub.control.should_training_stop  # the third step belongs to the run's beginning: no doubling yet
+    assert stub.alarm is None  # the third step belongs to the run's beginning: no doubling yet
     stub = stub.rewind(0).go(3, kl=9.0)
-    assert stub.control.should_training_stop
+    assert stub.alarm.step == 3
     assert json.loads((tmp_path / "stopped.json").read_text())["best_step"] == 3
-
-
-def test_the_summary_after_training_is_no_step(tmp_path):
-    stub = Stub(tmp_path).go(4)
-    shutil.rmtree(tmp_path / "best")
-    stub.callback.on_log(None, stub.state, stub.control, logs={"train_loss": 1.0})
-    assert not saved_steps(tmp_path)
 
 
 def test_going_on_from_a_checkpoint_forgets_later_steps_and_a_later_alarm(tmp_path):
     stub = Stub(tmp_path).go(4)
-    stub.callback.on_save(None, stub.state, stub.control)
+    stub.stopping.drop_older()
     assert list(saved_steps(tmp_path)) == [4]  # the best up to the checkpoint is enough to go on from it
     stub = stub.rewind(4).go(8, response_length=900.0)
     assert list(saved_steps(tmp_path)) == [4, 6, 8]
     assert (tmp_path / "stopped.json").is_file()
     again = stub.rewind(4)  # killed before evaluation; the newest checkpoint is step 4's
-    again.callback.on_train_begin(None, again.state, again.control)
+    again.stopping.forget_after(4)
     assert list(saved_steps(tmp_path)) == [4]
     assert not (tmp_path / "stopped.json").exists()
     weights = load_file(tmp_path / "best/step-4.safetensors")["weight"].item()
@@ -109,17 +93,17 @@ def test_going_on_from_a_checkpoint_forgets_later_steps_and_a_later_alarm(tmp_pa
 def test_a_run_that_never_betters_its_checkpoint_ends_with_what_was_best_before_it(tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.EXACT", [0.5, 0.6, 0.7, 0.3, 0.2, 0.1])
     stub = Stub(tmp_path).go(4)
-    stub.callback.on_save(None, stub.state, stub.control)
+    stub.stopping.drop_older()
     stub = stub.rewind(4).go(6, response_length=500.0)
     restore_best(stub.model, tmp_path)
     assert stub.model.weight.item() == 2.0
 
 
-def test_other_processes_write_nothing(tmp_path):
-    stub = Stub(tmp_path)
-    stub.state.is_world_process_zero = False
-    stub.go(4)
-    assert not saved_steps(tmp_path)
+def test_other_processes_read_and_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(early_stop, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    stub = Stub(tmp_path).go(4, kl=9.0)
+    assert not saved_steps(tmp_path) and stub.alarm is None and not stub.stopping.weights
+    assert not (tmp_path / "stopped.json").exists()
 
 
 def adapter(folder):
@@ -130,16 +114,20 @@ def test_a_real_run_stops_restores_and_ends_the_same_when_cut_off(tmp_path, toke
     """The alarm is made up, at step 6; the run is cut off at step 5, after a checkpoint, and again at the end."""
     alarm = early_stop.Alarm(6, "collapse", "made up")
     monkeypatch.setattr(early_stop, "alarms", lambda rows: [alarm] * (rows[-1]["step"] >= 6))
-    monkeypatch.setattr("searchr1_lite.training.recording.exact_match", lambda text, golden: float(len(text) % 2))
+    monkeypatch.setattr(
+        "searchr1_lite.evaluation.rollout_metrics.exact_match", lambda text, golden: float(len(text) % 2)
+    )
     settings = {"steps": 8, "stop_early": True}
     straight, said = tmp_path / "straight", []
     run(straight, tokenizer, retriever, said.append, **settings)
     steps = [json.loads(line)["step"] for line in (straight / "metrics.jsonl").open()]
     assert steps == [1, 2, 3, 4, 5, 6]
+    assert (straight / "checkpoints/checkpoint-4").exists()
+    assert not (straight / "checkpoints/checkpoint-6").exists()  # a run killed now comes to its alarm again
     assert sum("stopped at step 6, collapse" in line for line in said) == 1
     stopped = json.loads((straight / "stopped.json").read_text())
     best = load_file(straight / f"best/step-{stopped['best_step']}.safetensors")
-    kept = {name.replace(".default.", ".").removeprefix("module."): weight for name, weight in best.items()}
+    kept = {name.replace(".default.", "."): weight for name, weight in best.items()}
     assert kept.keys() == adapter(straight).keys()
     assert all(torch.equal(kept[name], weight) for name, weight in adapter(straight).items())
     assert any(weight.abs().sum() for name, weight in kept.items() if "lora_B" in name)

@@ -17,9 +17,8 @@ from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.retrieval.sparse import BM25Retriever
 from searchr1_lite.rollout.policy import load_policy, with_adapter
 from searchr1_lite.rollout.rows import trajectory_to_row
-from searchr1_lite.tasks.questions import load_questions
+from searchr1_lite.tasks.questions import held_out, load_questions
 from searchr1_lite.training.__main__ import setting
-from searchr1_lite.training.trainer import held_out
 
 RUN = ROOT / "data/results/runs/tiny-masked-seed0"
 MADE_ANEW = {"date", "machine", "versions", "command"}

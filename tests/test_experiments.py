@@ -20,6 +20,7 @@ from searchr1_lite.experiments import __main__ as command
 from searchr1_lite.experiments.plan import BASE, FOLDER, SMOKE, ExperimentError, experiment_names, load_experiment, slug
 from searchr1_lite.experiments.result import curve_measures, sum_up, write_result
 from searchr1_lite.experiments.run import run_experiment
+from searchr1_lite.lab.profile import load_broken
 
 NAMES = [*experiment_names(), SMOKE]
 STUB = "test_experiments"  # this module is the worker: `train_run` below stands for training
@@ -86,14 +87,15 @@ def test_the_eleven_of_the_findings_are_there():
 
 
 def test_a_run_is_named_by_what_it_changes():
-    def named(**settings):
-        return slug(load_profile("tiny", **BASE | settings), load_profile("tiny", **BASE))
+    def named(load=load_profile, **settings):
+        return slug(load("tiny", **BASE | settings), load_profile("tiny", **BASE))
 
     assert named() == named(seed=3) == named(group_size=5) == "base"
     assert named(masked=False) == "masked=False"
     assert named(model="data/tiny-instruct") == "model=data_tiny-instruct"
     assert named(noise_start=0.5, noise_end=0.5, topk=5) == "noise_end=0.5,noise_start=0.5,topk=5"
-    assert named(defects=["kl_sign", "colliding_ids"]) == "defects=[kl_sign,colliding_ids]"
+    assert named(load_broken, defects=["kl_sign", "colliding_ids"]) == "defects=[kl_sign,colliding_ids]"
+    assert named(load_broken, defects=[]) == "base"
     assert (
         named(quantization="none", lora_r=0, learning_rate=0.0003) == "learning_rate=0.0003,lora_r=0,quantization=none"
     )
@@ -305,7 +307,7 @@ def test_runs_made_otherwise_are_refused(tmp_path):
         write_finished(runs / name, profile)
     config = runs / "base-seed0/config.yaml"
     settings = yaml.safe_load(config.read_text())
-    config.write_text(yaml.safe_dump({key: x for key, x in settings.items() if key != "defects"}))
+    config.write_text(yaml.safe_dump({key: x for key, x in settings.items() if key != "llds_coef"}))
     sum_up(experiment, runs)  # a setting younger than the run had its default there
     for key in ("topk", "seed"):  # of another seed: a folder that was copied and renamed
         config.write_text(yaml.safe_dump(settings | {key: 7}))

@@ -13,6 +13,7 @@ from searchr1_lite.analysis import health
 from searchr1_lite.analysis.health import Alarm, alarms, health_view, judge
 from searchr1_lite.analysis.runs import load_run
 from searchr1_lite.config import ROOT
+from searchr1_lite.evaluation.rollout_metrics import repeated_ngrams, rollout_metrics
 
 COMMITTED = Path(ROOT) / "data/results/runs"
 STEADY = {"exact_match": 0.2, "reward": 0.2, "kl": 0.01, "entropy": 0.3, "answer_rate": 1.0}
@@ -188,12 +189,10 @@ def test_the_view_draws_what_there_is_and_marks_alarms_at_their_step():
     ],
 )
 def test_repeated_ngrams_by_hand(text, share):
-    recording = pytest.importorskip("searchr1_lite.training.recording")
-    assert recording.repeated_ngrams(text) == pytest.approx(share)
+    assert repeated_ngrams(text) == pytest.approx(share)
 
 
 def test_likelihood_of_right_and_wrong_answers_by_hand():
-    recording = pytest.importorskip("searchr1_lite.training.recording")
     from searchr1_lite.rollout.trajectory import Trajectory, Turn
     from searchr1_lite.types import Question
 
@@ -205,10 +204,10 @@ def test_likelihood_of_right_and_wrong_answers_by_hand():
         return Trajectory(Question("1", "q", ("a",)), (1,), ids, mask, values, (turn,), True, "answer")
 
     batch = [one("a", [-1.0, None, -2.0]), one("a", [-3.0]), one("b", [-0.5, -0.7])]
-    metrics = recording.rollout_metrics(batch, [1.0, 1.0, 0.0], 3)
+    metrics = rollout_metrics(batch, [1.0, 1.0, 0.0], 3)
     assert metrics["right_logprob"] == pytest.approx(-2.0)  # three tokens; the retrieved one is not the model's
     assert metrics["wrong_logprob"] == pytest.approx(-0.6)
-    assert recording.rollout_metrics(batch[2:], [0.0], 1)["right_logprob"] is None
+    assert rollout_metrics(batch[2:], [0.0], 1)["right_logprob"] is None
 
 
 def test_metrics_as_a_table_or_as_rows_are_the_same():

@@ -18,11 +18,10 @@ def work(folder: Path, retriever, algorithm: str) -> None:
     """The whole run, in a process of its own."""
     from conftest import make_tokenizer
 
-    from searchr1_lite.training import demonstrations
-    from searchr1_lite.training import trainer as trainer_module
+    from searchr1_lite.training import demonstrations, rewards
 
     torch.set_num_threads(1)
-    trainer_module.trajectory_reward = lambda trajectory, *kind: sum(trajectory.completion_ids) % 7 / 7
+    rewards.trajectory_reward = lambda trajectory, *kind: sum(trajectory.completion_ids) % 7 / 7
     if algorithm == "rejection_sampling":  # some noise is right
         demonstrations.exact_match = lambda text, golden: len(text) % 2
     run(folder, make_tokenizer(), retriever, algorithm=algorithm, **SETTINGS)
@@ -34,7 +33,7 @@ def processes() -> multiprocessing.context.BaseContext:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         pytest.skip("this system cannot copy a process")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["searchr1_lite.training.trainer", "test_checkpoints", "conftest"])
+    context.set_forkserver_preload(["searchr1_lite.training.loop", "test_checkpoints", "conftest"])
     return context
 
 

@@ -60,7 +60,7 @@ def small(tmp_path_factory, tokenizer):
 
 
 def with_adapter(profile):
-    """A policy's model with a 32-bit adapter, ready to be trained, as training/trainer.py makes it."""
+    """A policy's model with a 32-bit adapter, ready to be trained, as training/loop.py makes it."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=profile.lora_r, target_modules=profile.lora_target, task_type="CAUSAL_LM")
@@ -126,7 +126,7 @@ KINDS = [("nf4", "bfloat16"), ("none", "bfloat16"), ("nf4", "float32")]
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_activations_of_forward_and_backward(small, autocast, monkeypatch, quantization, dtype, checkpointing):
     """What autograd keeps after a forward, and the most that lives at once until backward is through."""
-    monkeypatch.setattr(memory, "TILE", 0)  # the trainer's head is not part of what runs here
+    monkeypatch.setattr(memory, "LOGITS", 0)  # the head is not part of what runs here
     profile = small(quantization=quantization, dtype=dtype, gradient_checkpointing=checkpointing)
     model = with_adapter(profile)
     parts = memory_plan(  # as for rows of the measured length, which bounds the mask

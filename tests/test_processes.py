@@ -11,9 +11,9 @@ import pytest
 from safetensors.torch import load_file
 
 from searchr1_lite.config import ROOT, ConfigError, load_profile
-from searchr1_lite.training import __main__ as command
+from searchr1_lite.preflight import check_processes
 from searchr1_lite.runfolder import read_json
-from searchr1_lite.training.trainer import check_processes
+from searchr1_lite.training import __main__ as command
 
 SETTINGS = {
     "quantization": "none",
@@ -30,18 +30,18 @@ SETTINGS = {
 }
 
 
-def start(processes, folder):
+def start(processes, folder, algorithm):
     """The training command, started by `accelerate launch` as on a machine with several GPUs, on a free port."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     launch += ["--main_process_port", "0"]
-    arguments = ["-m", "searchr1_lite.training", "--run-folder", str(folder), *settings()]
+    arguments = ["-m", "searchr1_lite.training", "--run-folder", str(folder), *settings(algorithm)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*launch, *arguments], cwd=ROOT, env=environment, **pipes)
 
 
-def settings():
-    return [f"{name}={value}" for name, value in SETTINGS.items()]
+def settings(algorithm):
+    return [f"{name}={value}" for name, value in (SETTINGS | {"algorithm": algorithm}).items()]
 
 
 def close(value):
@@ -53,16 +53,18 @@ def close(value):
     return pytest.approx(value, rel=1e-3, abs=1e-7) if isinstance(value, float) else value
 
 
-def test_two_processes_make_the_run_of_one(tmp_path, capsys):
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_two_processes_make_the_run_of_one(tmp_path, capsys, algorithm):
     one, two = tmp_path / "one", tmp_path / "two"
-    launched = start(2, two)
-    command.main(["--run-folder", str(one), *settings()])
+    launched = start(2, two, algorithm)
+    command.main(["--run-folder", str(one), *settings(algorithm)])
     said, _ = launched.communicate(timeout=300)
     assert launched.returncode == 0, said
     assert said.count("after 2 steps") == 1  # one process speaks for both
     metrics = [[json.loads(line) for line in (run / "metrics.jsonl").open(encoding="utf-8")] for run in (one, two)]
     assert [row["step"] for row in metrics[1]] == [1, 2] and metrics[1][1]["kl"] > 0
     assert all(row["reward"] > 0 and row["grad_norm"] > 1e-2 for row in metrics[1])
+    assert algorithm != "ppo" or all(row["value_loss"] > 1e-4 for row in metrics[1])
     assert close(metrics[0]) == [{k: x for k, x in row.items() if not k.startswith("seconds")} for row in metrics[1]]
     evaluation = read_json(two / "evaluation.json")
     for part in ("before", "after"):

@@ -39,7 +39,7 @@ def test_developers_have_the_extras():
     assert OPTIONAL == "searchr1_lite[service,documents]"
 
 
-@pytest.mark.parametrize("module", ["training.trainer", "retrieval.load"])
+@pytest.mark.parametrize("module", ["training.loop", "retrieval.load"])
 def test_extras_are_imported_by_nothing_else(module):
     """A run without a service needs neither FastAPI nor an HTTP client of ours, and BM25 no FAISS."""
     code = f"import sys, searchr1_lite.{module}; print(*sorted(set(sys.modules) & set(sys.argv[1:])))"

@@ -29,7 +29,8 @@ from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import INVALID_ACTION, encode_observation, render_observation
 from searchr1_lite.rollout.vllm import VLLMError, VLLMWriter
-from searchr1_lite.training import trainer as trainer_module
+from searchr1_lite.training import loop, rewards
+from searchr1_lite.training.score import score
 from searchr1_lite.types import Question
 
 QUESTIONS = [
@@ -553,21 +554,25 @@ def test_training_samples_from_the_server_and_weighs_what_it_sampled(
     stub, policy, profile, retriever, tmp_path, monkeypatch, masked
 ):
     """Each step is sampled with that step's adapter: the learner finds its own log-probabilities again."""
-    monkeypatch.setattr(
-        trainer_module, "trajectory_reward", lambda trajectory, *_: sum(trajectory.completion_ids) % 7 / 7
-    )
+    monkeypatch.setattr(rewards, "trajectory_reward", lambda trajectory, *_: sum(trajectory.completion_ids) % 7 / 7)
     settings = {"steps": 3, "questions_per_step": 2, "masked": masked, "learning_rate": 0.01, "lora_r": 4}
-    profile = served(profile, stub, max_turns=1, **settings)
+    profile = served(profile, stub, sampler="vllm", max_turns=1, warmup_steps=0, **settings)
     learner = Policy(copy.deepcopy(policy.model), policy.tokenizer, policy.device)
-    order = trainer_module.question_order(QUESTIONS, profile)
-    trainer = trainer_module.build_trainer(profile, tmp_path, learner, order, retriever, progress=lambda line: None)
-    trainer.train()
-    steps = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    assert [entry["sampling/sampling_logp_difference/max"] < 1e-4 for entry in steps] == [True] * 3
-    assert all(entry["grad_norm"] > 0 for entry in steps)
+    update, batches = loop.Learner.update, []
+    monkeypatch.setattr(loop.Learner, "update", lambda self, batch: batches.append(batch) or update(self, batch))
+    order, model = loop.question_order(QUESTIONS, profile), loop.model_to_train(learner, profile)
+    rollouts = loop.Rollouts(profile, learner, order, retriever, [], tmp_path)
+    loop.fit(model, learner, rollouts, loop.Recorder(profile, tmp_path, str), None, 0)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == len(batches) == 3 and all(row["grad_norm"] > 0 for row in rows)
+    for batch in batches:
+        apart = (batch.old_logprobs - batch.sampled_logprobs).abs() * batch.own
+        assert batch.own.sum() > 20 and apart.max() < 1e-4
+    # the third adapter is not the first: sampled with that one, the learner would have found other values
+    with torch.no_grad(), model.disable_adapter():
+        base, _, _ = score(model, batches[-1], profile.temperature)
+    assert ((base - batches[-1].sampled_logprobs).abs() * batches[-1].own).max() > 1e-3
     loaded = [name.split("-")[1] for what, name in stub.loads if what == "load"]
     assert loaded == ["0", "1", "2"]
     asked = [body["model"] for path, body in stub.asked if path == "/v1/completions"]
     assert {name.split("-")[1] for name in asked if name != "stub/base"} == {"0", "1", "2"}
-    # the third adapter is not the first: sampled with that one, the learner would have found other values
-    assert any(parameter.abs().max() > 0 for name, parameter in trainer.model.named_parameters() if "lora_B" in name)

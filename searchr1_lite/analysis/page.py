@@ -32,7 +32,7 @@ Row = dict[str, Any]
 
 TEMPLATE = Path(__file__).with_name("page.html")
 ROWS_A_PART = 20  # unpacked together
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)  # as training/rewards.py reads it
+ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)  # as tasks/answers.py reads it
 LABEL = ("folder", "strategy", "phase", "decoding")  # what tells groups of rows apart
 ALWAYS = ("result", "searches", "format")  # filters that are there even where all rows agree
 SETTINGS = ("model", "strategy", "algorithm", "masked", "steps", "retriever", "topk", "questions", "seed")

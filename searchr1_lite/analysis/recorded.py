@@ -2,7 +2,7 @@
 
 Reads trajectories of the released Search-R1 checkpoints, one line each with question, response and golden answers, as
 GaurisankarJ/reason_over_search recorded them, or the trajectories of a run folder. Judging an answer is
-`training/rewards.py`'s work; notebook 05 draws, and puts intervals around what is counted here. No torch.
+`tasks/answers.py`'s work; notebook 05 draws, and puts intervals around what is counted here. No torch.
 
 python -m searchr1_lite.analysis.recorded --source ../shared/data/wiki18/trajectories.jsonl.gz \
   --out data/results/recorded_trajectories.json

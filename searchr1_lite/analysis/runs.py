@@ -1,6 +1,6 @@
 """A run is a folder; this reads it. No torch, no model: a run made on a GPU is looked at on any laptop.
 
-What the files hold is said in `training/trainer.py`, which writes them. Comparing runs is here too (`load_runs`,
+What the files hold is said in `training/record.py`, which writes them. Comparing runs is here too (`load_runs`,
 `by_mask`), drawing them is not.
 """
 
@@ -93,7 +93,8 @@ def by_mask(runs: Sequence[Run]) -> dict[str, list[Run]]:
     Raises RunError where the runs differ in more than mask, seed and length: their mean would mean nothing.
     """
     keys = set().union(*(run.profile for run in runs)) - MAY_DIFFER
-    differing = sorted(key for key in keys if len({json.dumps(run.profile.get(key)) for run in runs}) > 1)
+    # a setting that is off, as `defects: []` of older runs, is as good as none
+    differing = sorted(key for key in keys if len({json.dumps(run.profile.get(key) or None) for run in runs}) > 1)
     if differing:
         raise RunError(f"runs that differ in {', '.join(differing)} are not averaged; give them one by one")
     groups = {"masked": [run for run in runs if run.masked], "unmasked": [run for run in runs if not run.masked]}

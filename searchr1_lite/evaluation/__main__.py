@@ -46,11 +46,10 @@ from searchr1_lite.jsonl import append_rows, read_rows, write_json
 from searchr1_lite.plain import plain
 from searchr1_lite.retrieval.cache import remembered
 from searchr1_lite.retrieval.load import load_retriever
-from searchr1_lite.rollout.policy import Policy, PolicyError, load_policy, with_adapter
+from searchr1_lite.rollout.policy import Policy, PolicyError, environment, load_policy, with_adapter
 from searchr1_lite.runfolder import RunFolderError, check_same_run, fingerprint, is_finished, read_json
 from searchr1_lite.tasks.questions import held_out
 from searchr1_lite.training.__main__ import ERRORS, setting
-from searchr1_lite.training.record import environment
 from searchr1_lite.types import Question, RetrievalError, Retriever
 
 SECONDS_BETWEEN_WRITES = 1.0  # what is lost where an evaluation is cut off, besides what was under way
@@ -159,7 +158,7 @@ def named(profile: str | None, adapter: Path | None, settings: dict[str, Any]) -
     name = profile or "tiny"
     if adapter and (adapter / "config.yaml").is_file():
         name, adapter = profile or adapter / "config.yaml", adapter / "adapter"
-    chosen = load_profile(name, **settings)
+    chosen = load_profile(name, Profile, {"defects"}, **settings)  # of the bug lab: what was trained, not how
     if adapter:
         check_base(adapter, chosen.model)
     return chosen, adapter

@@ -1,7 +1,7 @@
 """Numbers over many answers: shares, means by hops, how far chance alone could move them, and what it cannot tell.
 
 Works on plain numbers and needs no torch, so the analysis of finished runs uses it too. Judging one answer is
-`training/rewards.py`'s work.
+`tasks/answers.py`'s work.
 """
 
 from bisect import bisect_left

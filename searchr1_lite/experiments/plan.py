@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from searchr1_lite.analysis.runs import read_mapping
 from searchr1_lite.config import ROOT, ConfigError, Profile, load_profile
+from searchr1_lite.lab.profile import load_broken
 
 BASE = {"steps": 24, "questions_per_step": 6, "group_size": 5}
 FOLDER = Path(__file__).parent
@@ -64,15 +65,17 @@ class Experiment(BaseModel):
 
 def _arm_profile(arm: str, settings: dict[str, Any]) -> Profile:
     try:
-        return load_profile("tiny", **BASE | settings, seed=0)
+        load = load_broken if "defects" in settings else load_profile
+        return load("tiny", **BASE | settings, name="tiny", seed=0)
     except (ConfigError, TypeError) as error:  # TypeError: settings with a name or seed
         raise ValueError(f"arm {arm!r}: {error}") from None
 
 
 def slug(profile: Profile, base: Profile) -> str:
     """What a profile changes of the base as part of a folder's name, "base" where that is nothing."""
-    keys = sorted(Profile.model_fields.keys() - {"name", "seed"})
-    changed = [f"{key}={getattr(profile, key)}" for key in keys if getattr(profile, key) != getattr(base, key)]
+    keys = sorted(type(profile).model_fields.keys() - {"name", "seed"})
+    there = base.model_dump() | {"defects": []}
+    changed = [f"{key}={getattr(profile, key)}" for key in keys if getattr(profile, key) != there[key]]
     return ",".join(changed).replace(" ", "").replace("'", "").replace("/", "_") or "base"
 
 

@@ -18,12 +18,11 @@ from searchr1_lite.jsonl import write_json
 from searchr1_lite.pretraining.pretrain import encode_segments
 from searchr1_lite.pretraining.transcripts import Writer
 from searchr1_lite.retrieval.sparse import BM25Retriever
-from searchr1_lite.rollout.policy import Policy, load_policy
+from searchr1_lite.rollout.policy import Policy, environment, load_policy
 from searchr1_lite.rollout.protocol import encode_prompt
 from searchr1_lite.tasks.answers import exact_match
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.tasks.toy_world import ToyWorld
-from searchr1_lite.training.record import environment
 
 
 @torch.no_grad()

@@ -1,8 +1,9 @@
 """Loading the model that writes: weights from a folder or the hub, in 4 bits where that works, and its tokenizer.
 
-A trained adapter goes on top, unmerged: merging corrupts 4-bit weights in place. Fresh adapters are training's.
+An adapter, trained or fresh, goes on top, unmerged: merging corrupts 4-bit weights in place. Saved are adapters alone.
 """
 
+import copy
 import os
 import warnings
 from dataclasses import dataclass, replace
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from accelerate import PartialState
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
 from searchr1_lite.config import Profile, resolve_path
+from searchr1_lite.provenance import provenance
 
 
 class PolicyError(RuntimeError):
@@ -56,7 +60,7 @@ def with_adapter(policy: Policy, folder: Path) -> Policy:
     Raises PolicyError where the adapter is damaged or does not fit the model in every weight; PEFT alone would leave
     out what does not, with a warning at most.
     """
-    from peft import PeftConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
 
     try:
         with warnings.catch_warnings():
@@ -69,6 +73,47 @@ def with_adapter(policy: Policy, folder: Path) -> Policy:
     if strange:
         raise PolicyError(f"{folder}: {len(strange)} weights, such as {strange[0]}, do not fit this model")
     return replace(policy, model=model.eval())
+
+
+def model_to_train(policy: Policy, profile: Profile) -> Any:
+    """The policy's model with a fresh adapter in 32 bits; without one (`lora_r` 0), a copy whose weights all train."""
+    set_seed(profile.seed)
+    if not profile.lora_r:
+        return copy.deepcopy(policy.model).requires_grad_(True)
+    lora = LoraConfig(
+        r=profile.lora_r,
+        lora_alpha=profile.lora_alpha,
+        lora_dropout=profile.lora_dropout,
+        target_modules=profile.lora_target,
+        task_type="CAUSAL_LM",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name in transformers
+        model = get_peft_model(policy.model, lora)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            weight.data = weight.data.float()  # small updates are lost in 16 bits
+    return model
+
+
+def save_weights(model: Any, policy: Policy, profile: Profile, run_folder: Path) -> None:
+    """adapter/: the adapter alone, naming its base as the profile does, not where it lay on this machine.
+
+    After full fine-tuning model/ instead: weights and tokenizer, to be used as the setting `model`.
+    """
+    if not profile.lora_r:
+        model.save_pretrained(run_folder / "model")
+        policy.tokenizer.save_pretrained(run_folder / "model")
+        return
+    folder = run_folder / "adapter"
+    model.peft_config["default"].base_model_name_or_path = profile.model
+    model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
+    (folder / "README.md").unlink(missing_ok=True)  # an empty form for a model card
+
+
+def autocast(profile: Profile, device: torch.device) -> torch.autocast:
+    """On a GPU in bfloat16, 32-bit adapters compute in bfloat16, too."""
+    return torch.autocast(device.type, torch.bfloat16, device.type == "cuda" and profile.dtype == "bfloat16")
 
 
 def choose_device(name: str) -> torch.device:
@@ -154,3 +199,10 @@ def _check_tokenizer(tokenizer: Any, model: Any, name: str) -> None:
             f"{name}: the tokenizer has {len(tokenizer)} tokens but the model embeds {embeddings}: "
             "they do not belong together"
         )
+
+
+def environment(policy: Policy) -> dict[str, Any]:
+    """When, on what and with what a run was made."""
+    made = provenance(["torch", "transformers", "trl", "peft", "bitsandbytes"])
+    made["machine"]["gpu"] = torch.cuda.get_device_name() if policy.device.type == "cuda" else None
+    return made | {"quantization": policy.quantization, "processes": PartialState().num_processes}

@@ -64,3 +64,10 @@ def _word_f1(answer: str, golden: str) -> float:
     said, wanted = answer.split(), golden.split()
     shared = (Counter(said) & Counter(wanted)).total()
     return 2 * shared / max(1, len(said) + len(wanted))
+
+
+def stands_in(texts: Sequence[str], golden_answers: str | Sequence[str]) -> bool:
+    """Whether a golden answer stands, normalised, in one of the texts; one that normalises to nothing does not."""
+    golden_answers = (golden_answers,) if isinstance(golden_answers, str) else golden_answers
+    words = filter(None, map(normalize_answer, golden_answers))
+    return any(golden in text for golden in words for text in map(normalize_answer, texts))

@@ -15,6 +15,7 @@ import yaml
 
 from searchr1_lite.config import ConfigError, load_profile
 from searchr1_lite.plain import plain
+from searchr1_lite.preflight import MemoryFullError
 from searchr1_lite.retrieval.build import BuildError
 from searchr1_lite.retrieval.corpus import CorpusError
 from searchr1_lite.retrieval.encoders import EncoderError
@@ -25,7 +26,6 @@ from searchr1_lite.rollout.vllm import VLLMError
 from searchr1_lite.runfolder import RunFolderError
 from searchr1_lite.tasks.questions import QuestionError
 from searchr1_lite.training.loop import train
-from searchr1_lite.training.preflight import MemoryFullError
 from searchr1_lite.types import RetrievalError
 
 # What a user can put right; a message says it, and a traceback would hide it. Anything else is a fault of ours.

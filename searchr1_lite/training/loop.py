@@ -7,33 +7,35 @@ every process works on its share of the questions, gradients are added up, and t
 and merging the adapter into the 4-bit base, which corrupts it.
 """
 
-import copy
 import os
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import get_constant_schedule_with_warmup, set_seed
+from transformers import get_constant_schedule_with_warmup as constant_with_warmup
 
 from searchr1_lite.config import REINFORCED, Profile, save_config
 from searchr1_lite.jsonl import write_json
 from searchr1_lite.memory import check_memory
+from searchr1_lite.preflight import check_processes, check_settings, memory_for
 from searchr1_lite.retrieval.cache import remembered
-from searchr1_lite.retrieval.controls import Noisy, noise_share
-from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.retrieval.load import load_retriever
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy, choose_device, load_policy
-from searchr1_lite.rollout.trajectory import Trajectory
-from searchr1_lite.rollout.vllm import VLLMWriter
+from searchr1_lite.rollout.policy import (
+    Policy,
+    autocast,
+    choose_device,
+    environment,
+    load_policy,
+    model_to_train,
+    save_weights,
+)
+from searchr1_lite.rollout.steps import Rollouts
 from searchr1_lite.rollout.weights import merged_adapter
 from searchr1_lite.runfolder import check_same_run, fingerprint, is_finished
 from searchr1_lite.tasks.questions import held_out, load_questions, question_order
@@ -41,9 +43,8 @@ from searchr1_lite.training import losses, trl_trainer
 from searchr1_lite.training.checkpoint import latest_checkpoint, load_checkpoint, rewind, save_checkpoint
 from searchr1_lite.training.demonstrations import make_demonstrations
 from searchr1_lite.training.early_stop import EarlyStop, restore_best
-from searchr1_lite.training.held_out import evaluate_after, evaluate_before
-from searchr1_lite.training.preflight import check_processes, check_settings, memory_for
-from searchr1_lite.training.record import Figures, Recorder, environment
+from searchr1_lite.training.held_out import HeldOut
+from searchr1_lite.training.record import Figures, Recorder
 from searchr1_lite.training.rewards import group_rewards
 from searchr1_lite.training.score import Batch, ValueHead, collate, score, split_rows
 from searchr1_lite.types import Question, Retriever
@@ -94,12 +95,13 @@ def train(
         rewind(run_folder, checkpoint)
     retriever = retriever or load_retriever(profile)
     policy = policy or load_policy(profile)
+    held_out_questions = HeldOut(eval_questions, retriever, profile, run_folder, progress)
     (run_folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
         if process.is_main_process:
             write_json(run_folder / "environment.json", environment(policy) | {"inputs": inputs})
             save_config(profile, run_folder / "config.yaml")
-        evaluate_before(run_folder, policy, eval_questions, retriever, profile, progress)
+        held_out_questions.before(policy)
     else:
         progress(f"{run_folder.name}: going on after step {done}")
     with memory_for("rollout", profile, "rollout_rows", "max_context_tokens"):
@@ -110,12 +112,10 @@ def train(
     try:
         train_steps = trl_trainer.fit if profile.trainer == "trl" else fit
         train_steps(model, policy, rollouts, recorder, checkpoint, done)
-        if profile.stop_early:
-            restore_best(model, run_folder)
+        restore_best(model, run_folder)  # where it was stopped early
         if process.is_main_process:
             save_weights(model, policy, profile, run_folder)
-        trained = replace(policy, model=model.eval())
-        evaluate_after(run_folder, trained, eval_questions, retriever, profile, progress)
+        held_out_questions.after(replace(policy, model=model.eval()))
     finally:
         if profile.lora_r:
             model.unload()  # gives the caller's model back without the adapter
@@ -123,9 +123,7 @@ def train(
     return run_folder
 
 
-def fit(
-    model: Any, policy: Policy, rollouts: "Rollouts", recorder: Recorder, checkpoint: Path | None, done: int
-) -> None:
+def fit(model: Any, policy: Policy, rollouts: Rollouts, recorder: Recorder, checkpoint: Path | None, done: int) -> None:
     """All steps after `done`: the training loop."""
     profile, learner = rollouts.profile, Learner(model, policy, rollouts.profile)
     stopping = EarlyStop(profile, recorder.run_folder, recorder.progress) if profile.stop_early else None
@@ -167,55 +165,6 @@ def shuffled(rows: int, updates: int) -> list[list[int]]:
     return [order[start : start + rows // updates] for start in range(0, rows, rows // updates)]
 
 
-@dataclass
-class Rollouts:
-    """The trajectories of each step, this process's share: `group_size` for each of its questions.
-
-    An algorithm that makes no rollouts gets the step's `demonstrations` instead.
-    """
-
-    profile: Profile
-    policy: Policy
-    order: Sequence[Question]  # of all steps
-    retriever: Retriever
-    demonstrations: Sequence[Trajectory]
-    run_folder: Path
-    cache_hits: int | None = None  # searches of the latest step that had been asked before
-
-    def __post_init__(self) -> None:
-        self.noise = load_corpus(self.profile.corpus) if self.profile.noise_start or self.profile.noise_end else None
-        served = self.profile.sampler == "vllm" and self.profile.algorithm in REINFORCED
-        self.server = VLLMWriter(self.policy, self.profile) if served else None
-
-    def __call__(self, step: int, model: Any) -> list[Trajectory]:
-        """Sampled by `model`, with random numbers of this step alone: a run that goes on samples the same."""
-        profile, process = self.profile, PartialState()
-        share = profile.questions_per_step // process.num_processes
-        first = step * profile.questions_per_step + process.process_index * share
-        set_seed(profile.seed * 1_000_003 + step)  # so does all that follows: order of rows, dropout
-        if profile.algorithm not in REINFORCED:
-            return list(self.demonstrations[first * profile.group_size :][: share * profile.group_size])
-        if self.server:
-            self.server.load_adapter(model, self.run_folder / "checkpoints/served", step)
-        retriever, before = self.retriever, getattr(self.retriever, "hits", 0)
-        if self.noise:
-            noise = noise_share(step, profile.steps, profile.noise_start, profile.noise_end)
-            retriever = Noisy(retriever, self.noise, noise, profile.seed * 1_000_003 + step)
-        memory = memory_for("rollout", profile, "rollout_rows", "max_context_tokens")
-        with memory, torch.no_grad(), autocast(profile, self.policy.device):
-            trajectories = rollout(
-                replace(self.policy, model=model),
-                self.order[first : first + share],
-                retriever,
-                profile,
-                group_size=profile.group_size,
-                seed=profile.seed * 1_000_003 + step,
-                writer=self.server,
-            )
-        self.cache_hits = getattr(self.retriever, "hits", 0) - before
-        return trajectories
-
-
 class Learner:
     """What training changes: the model's trainable weights, PPO's value head, the optimizer and its schedule."""
 
@@ -228,14 +177,13 @@ class Learner:
         self.value_head = None
         if profile.algorithm == "ppo":
             self.value_head = ValueHead(model.config.get_text_config().hidden_size).to(policy.device)
-            rate = VALUE_STEP / self.value_head.linear.in_features
-            groups.append({"params": list(self.value_head.parameters()), "lr": rate})
+            step = VALUE_STEP / self.value_head.linear.in_features
+            groups.append({"params": list(self.value_head.parameters()), "lr": step})
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-        warmup = profile.warmup_steps * profile.updates_per_rollout
-        self.schedule = get_constant_schedule_with_warmup(self.optimizer, warmup)
+        self.schedule = constant_with_warmup(self.optimizer, profile.warmup_steps * profile.updates_per_rollout)
         self.temperature = profile.temperature if profile.algorithm in REINFORCED else 1.0
         if profile.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
 
     def look_back(self, batch: Batch) -> None:
         """Score the batch before its first update: by the reference and, where it will be needed, by the policy."""
@@ -246,8 +194,7 @@ class Learner:
         if profile.algorithm == "ppo" or profile.updates_per_rollout > 1 or profile.sampler == "vllm":
             batch.old_logprobs, batch.old_values = self._scored(self.model, batch)
         if profile.beta:
-            without = self.model.disable_adapter() if profile.lora_r else nullcontext()
-            with without:
+            with self.model.disable_adapter() if profile.lora_r else nullcontext():
                 batch.reference_logprobs, _ = self._scored(self.reference or self.model, batch)
         elif profile.algorithm == "ppo":
             batch.reference_logprobs = batch.old_logprobs
@@ -280,9 +227,8 @@ class Learner:
                 loss = (self.token_losses(logprobs, entropies, part, profile) * weights[here]).sum()
                 value_loss = torch.zeros_like(loss)
                 if values is not None:
-                    value_loss = (
-                        losses.value_losses(values, part.old_values, part.returns) * value_weights[here]
-                    ).sum()
+                    errors = losses.value_losses(values, part.old_values, part.returns)
+                    value_loss = (errors * value_weights[here]).sum()
                 (loss + value_loss).backward()
                 figures.add(part, logprobs.detach(), entropies.detach(), loss.detach(), value_loss.detach())
         for weight in [weight for group in self.optimizer.param_groups for weight in group["params"]]:
@@ -309,49 +255,8 @@ class Learner:
             self.value_head.load_state_dict(state["value_head"])
 
 
-def model_to_train(policy: Policy, profile: Profile) -> Any:
-    """The policy's model with a fresh adapter in 32 bits; without one (`lora_r` 0), a copy whose weights all train."""
-    set_seed(profile.seed)
-    if not profile.lora_r:
-        return copy.deepcopy(policy.model).requires_grad_(True)
-    lora = LoraConfig(
-        r=profile.lora_r,
-        lora_alpha=profile.lora_alpha,
-        lora_dropout=profile.lora_dropout,
-        target_modules=profile.lora_target,
-        task_type="CAUSAL_LM",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing's new name in transformers
-        model = get_peft_model(policy.model, lora)
-    for weight in model.parameters():
-        if weight.requires_grad:
-            weight.data = weight.data.float()  # small updates are lost in 16 bits
-    return model
-
-
 def micro_batches(batch: Batch, tokens: int) -> list[list[int]]:
     """The rows that have something to learn from, in parts that fit the memory."""
     rows = (batch.mask + batch.valued).any(dim=1).nonzero()[:, 0].tolist()
     lengths = batch.lengths.tolist()
     return [[rows[n] for n in part] for part in split_rows([lengths[row] for row in rows], tokens)]
-
-
-def autocast(profile: Profile, device: torch.device) -> torch.autocast:
-    """On a GPU in bfloat16, 32-bit adapters compute in bfloat16, too."""
-    return torch.autocast(device.type, torch.bfloat16, device.type == "cuda" and profile.dtype == "bfloat16")
-
-
-def save_weights(model: Any, policy: Policy, profile: Profile, run_folder: Path) -> None:
-    """adapter/: the adapter alone, naming its base as the profile does, not where it lay on this machine.
-
-    After full fine-tuning model/ instead: weights and tokenizer, to be used as the setting `model`.
-    """
-    if not profile.lora_r:
-        model.save_pretrained(run_folder / "model")
-        policy.tokenizer.save_pretrained(run_folder / "model")
-        return
-    folder = run_folder / "adapter"
-    model.peft_config["default"].base_model_name_or_path = profile.model
-    model.save_pretrained(folder, save_embedding_layers=False, selected_adapters=["default"])
-    (folder / "README.md").unlink(missing_ok=True)  # an empty form for a model card

@@ -148,7 +148,7 @@ def k3_kl(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
 
     At most KL_LIMIT, as in the original; beyond it a token has no gradient.
     """
-    difference = reference_logprobs - logprobs
+    difference = (reference_logprobs - logprobs).clamp(-20, 20)  # an infinite exp's gradient, times 0, is no number
     return (torch.exp(difference) - difference - 1).clamp(-KL_LIMIT, KL_LIMIT)
 
 
@@ -230,25 +230,14 @@ def leave_out_equal_groups(batch: Any, group_size: int) -> None:
 
 def losses_from_rewards(logprobs: Tensor, entropies: Tensor, batch: Any, profile: Profile) -> Tensor:
     """`token_losses` of a batch, as the profile says; PPO's KL is in its rewards. LLDS is added where it is on."""
-    weights = 1.0
-    if profile.sampler == "vllm":
-        weights = sampler_weights(batch.old_logprobs, batch.sampled_logprobs, batch.own)
-    loss = token_losses(
-        logprobs,
-        entropies,
-        batch.advantages,
-        batch.mask,
-        batch.old_logprobs,
-        None if profile.algorithm == "ppo" else batch.reference_logprobs,
-        weights,
-        profile.policy_loss,
-        profile.epsilon,
-        profile.epsilon_high,
-        profile.beta,
-        profile.entropy_coef,
-    )
-    if profile.llds_coef and batch.old_logprobs is not None:
-        loss = loss + profile.llds_coef * likelihood_losses(logprobs, batch.old_logprobs, batch.advantages, batch.mask)
+    old, reference = batch.old_logprobs, None if profile.algorithm == "ppo" else batch.reference_logprobs
+    served = profile.sampler == "vllm"
+    weights = sampler_weights(old, batch.sampled_logprobs, batch.own) if served else 1.0
+    names = ("policy_loss", "epsilon", "epsilon_high", "beta", "entropy_coef")
+    settings = {name: getattr(profile, name) for name in names}
+    loss = token_losses(logprobs, entropies, batch.advantages, batch.mask, old, reference, weights, **settings)
+    if profile.llds_coef and old is not None:
+        loss = loss + profile.llds_coef * likelihood_losses(logprobs, old, batch.advantages, batch.mask)
     return loss
 
 

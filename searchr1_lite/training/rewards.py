@@ -14,12 +14,10 @@ from statistics import fmean
 from searchr1_lite.config import Profile
 from searchr1_lite.rollout.protocol import render_prompt
 from searchr1_lite.rollout.trajectory import Trajectory
-from searchr1_lite.tasks.answers import ANSWER, exact_match, f1, last_answer, normalize_answer, substring_match
+from searchr1_lite.tasks.answers import ANSWER, exact_match, f1, last_answer, stands_in, substring_match
+from searchr1_lite.training.relatives_rewards import autorefine_reward, r1_searcher_reward, research_reward
 
 RETRIEVAL = 0.1  # what retrieving the answer adds (the 0.3 in the remarks of Search-R1 qa_em_format.py)
-CONSOLATION = 0.1  # for a wrong answer: in right format (ReSearch), or that stood in the refine step (AutoRefine)
-FIRST_STAGE = 1 / 3  # R1-Searcher's first stage, as a share of training (there 350 of 8,498 questions)
-FORMAT_PENALTY = 2.0  # R1-Searcher's second stage (arXiv 2503.05592 and its code for Qwen; for Llama the code takes 1)
 TAG = re.compile(r"(</?(?:think|search|information|answer)>)")
 
 # Where each tag may stand and where it leads: think, then search, information and think again as often as wanted,
@@ -84,45 +82,7 @@ def answer_was_retrieved(response: str, golden_answers: str | Sequence[str]) -> 
     One that normalises to nothing ("---") stands nowhere; in the original it stands everywhere.
     """
     blocks = re.findall(r"<information>(.*?)</information>", response, re.DOTALL)
-    return _stands_in(blocks, golden_answers)
-
-
-def _stands_in(texts: Sequence[str], golden_answers: str | Sequence[str]) -> bool:
-    golden_answers = (golden_answers,) if isinstance(golden_answers, str) else golden_answers
-    words = filter(None, map(normalize_answer, golden_answers))
-    return any(golden in text for golden in words for text in map(normalize_answer, texts))
-
-
-def research_reward(score: float, valid: bool, answer: str | None) -> float:
-    """ReSearch (arXiv 2503.19470): F1 or, where that is 0, 0.1; 0 in bad format or without an answer."""
-    return (score or CONSOLATION) if valid and answer else 0.0
-
-
-def r1_searcher_reward(score: float, valid: bool, searches: int, progress: float) -> float:
-    """R1-Searcher (arXiv 2503.05592): first 0.5 for a search and 0.5 for format, then F1 less 2 for bad format.
-
-    The first stage pays for no answer: it teaches to call the search engine at all.
-    """
-    if progress < FIRST_STAGE:
-        return 0.5 * (searches > 0) + 0.5 * valid
-    return score - FORMAT_PENALTY * (not valid)
-
-
-def autorefine_reward(score: float, trajectory: Trajectory) -> float:
-    """AutoRefine (arXiv 2505.11277): F1 or, where that is 0, 0.1 if a golden answer stands in the refine step."""
-    refined = _stands_in(refine_steps(trajectory), trajectory.question.golden_answers)
-    return score or (CONSOLATION if refined else 0.0)
-
-
-def refine_steps(trajectory: Trajectory) -> list[str]:
-    """What the model distils from passages: its `<refine>` texts after the first search or, without any, its thinking.
-
-    Search-R1's prompt knows no `<refine>`; a model trained with it sums passages up in the next `<think>`.
-    """
-    first = next((i for i, turn in enumerate(trajectory.turns) if turn.query is not None), len(trajectory.turns))
-    written = "".join(turn.text for turn in trajectory.turns[first + 1 :])
-    found = (re.findall(rf"<{tag}>(.*?)</{tag}>", written, re.DOTALL) for tag in ("refine", "think"))
-    return next(filter(None, found), [])
+    return stands_in(blocks, golden_answers)
 
 
 def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = False, progress: float = 1.0) -> float:

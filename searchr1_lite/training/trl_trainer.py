@@ -2,9 +2,12 @@
 
 Set `trainer: trl`. Our rollouts go in through `rollout_func`, their loss mask as `env_mask`; rewards come with them.
 Loss and gradient are those of loop.py (tests/test_trl_trainer.py). What differs: TRL does not limit the KL estimate of
-a token, bounds micro-batches in rows and not in tokens, so that most of its work is padding, and averages `kl` and
-`entropy` over micro-batches and over all learned tokens (null here where retrieved ones are learned from). Leaves out
-what TRL's trainer cannot do, which `check_settings` refuses.
+a token; its entropy bonus is a mean over the tokens of a micro-batch, whatever `loss_mean` says; a mean over rollouts
+counts those without a learned token; and where several updates are made from a batch of rollouts, CISPO's loss and
+that of several micro-batches or processes is divided by the mean number of tokens in an update, not by its own. TRL
+bounds micro-batches in rows and not in tokens, so that most of its work is padding, and averages `kl` and `entropy`
+over micro-batches and over all learned tokens (null here where retrieved ones are learned from). Leaves out what TRL's
+trainer cannot do, which `check_settings` refuses.
 """
 
 import os
@@ -51,6 +54,9 @@ def trl_config(profile: Profile, run_folder: Path, device: torch.device) -> Any:
     rows = profile.rollouts_per_step // updates // PartialState().num_processes
     fits = max(1, profile.micro_batch_tokens // profile.max_context_tokens)
     micro_batch = next(size for size in range(min(fits, rows), 0, -1) if rows % size == 0)
+    loss_type = "cispo" if profile.policy_loss == "cispo" else LOSS_TYPES[profile.loss_mean]
+    if loss_type == "dapo" and rows == micro_batch and PartialState().num_processes == 1:
+        loss_type = "bnpo"  # the mean over this update's tokens; "dapo" divides by the mean count of all updates
     return GRPOConfig(
         output_dir=str(run_folder / "checkpoints"),
         per_device_train_batch_size=micro_batch,
@@ -61,7 +67,7 @@ def trl_config(profile: Profile, run_folder: Path, device: torch.device) -> Any:
         shuffle_dataset=False,  # `question_order` has done it
         temperature=profile.temperature,
         max_completion_length=profile.max_context_tokens,
-        loss_type="cispo" if profile.policy_loss == "cispo" else LOSS_TYPES[profile.loss_mean],
+        loss_type=loss_type,
         importance_sampling_level="sequence" if profile.policy_loss == "gspo" else "token",
         scale_rewards="group",
         epsilon=profile.epsilon,
@@ -108,6 +114,7 @@ def make_trainer(model: Any, policy: Policy, rollouts: Callable, recorder: Recor
     from trl import GRPOTrainer
 
     profile = rollouts.profile
+    weights = {name: x.detach().clone() for name, x in model.named_parameters() if x.requires_grad}
 
     def rollout_func(prompts: list[str], trainer: GRPOTrainer) -> dict[str, list]:
         recorder.started = time.perf_counter()
@@ -130,9 +137,9 @@ def make_trainer(model: Any, policy: Policy, rollouts: Callable, recorder: Recor
             callbacks=[Callbacks(recorder)],
         )
     trainer.remove_callback(PrinterCallback)
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:  # TRL casts them to bfloat16 on a 4-bit base, where small updates are lost
-            parameter.data = parameter.data.float()
+    for name, parameter in trainer.model.named_parameters():
+        if name in weights:  # TRL rounds them to bfloat16 on a 4-bit base, where small updates are lost
+            parameter.data = weights[name]
     return trainer
 
 
