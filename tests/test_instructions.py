@@ -13,8 +13,8 @@ from searchr1_lite.pretraining.pretrain import Mix
 from searchr1_lite.pretraining.transcripts import Writer
 from searchr1_lite.retrieval.sparse import BM25Retriever
 from searchr1_lite.rollout.protocol import PROMPTS, encode_prompt, parse_action
-from searchr1_lite.tasks.toy_world import ToyWorld, ask
 from searchr1_lite.tasks.answers import exact_match
+from searchr1_lite.tasks.toy_world import ToyWorld, ask
 
 
 @pytest.fixture(scope="module")

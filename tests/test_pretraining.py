@@ -11,8 +11,8 @@ from searchr1_lite.pretraining.tokenizer import train_tokenizer
 from searchr1_lite.pretraining.transcripts import HABITS, Writer
 from searchr1_lite.retrieval.sparse import BM25Retriever
 from searchr1_lite.rollout.protocol import parse_action
-from searchr1_lite.tasks.toy_world import ToyWorld
 from searchr1_lite.tasks.answers import exact_match
+from searchr1_lite.tasks.toy_world import ToyWorld
 
 
 @pytest.fixture(scope="module")

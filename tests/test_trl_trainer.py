@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl import GRPOTrainer
 
 from searchr1_lite.config import ConfigError, load_profile
 from searchr1_lite.rollout.policy import load_policy
@@ -81,6 +82,7 @@ def both(policy, folder, failed=(), **settings):
     rollouts = Forged(profile, failed)
     model = loop.model_to_train(policy, profile)
     trainer = trl_trainer.make_trainer(model, policy, rollouts, Recorder(profile, folder))
+    assert type(trainer) is GRPOTrainer  # nothing of it is overridden
     parts = trainer.args.gradient_accumulation_steps
     move(model, 0)
     model.train()

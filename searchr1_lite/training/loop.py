@@ -2,7 +2,8 @@
 
 What a step computes is in the files named by its lines: rollout/engine.py, rewards.py, score.py, losses.py. A step is
 one batch of rollouts and the `updates_per_rollout` optimizer updates made from it. Started by `accelerate launch`,
-every process works on its share of the questions, gradients are added up, and the result is that of one process.
+every process works on its share of the questions and gradients are added up: the result is that of one process (with
+several updates from a batch, their rows are drawn within each process's share).
 `trainer: trl` has TRL's trainer in the place of `fit` (trl_trainer.py). Leaves out: processes without a common disk,
 and merging the adapter into the 4-bit base, which corrupts it.
 """
