@@ -64,7 +64,9 @@ def check_same_run(run_folder: Path, profile: Profile, inputs: dict[str, str]) -
         for key in sorted(there.keys() & asked.keys())
         if there[key] != asked[key]
     ]
-    different += [f"{key}: a setting that is gone since" for key in sorted(there.keys() - asked.keys()) if there[key]]
+    different += [
+        f"{key}: {there[key]!r} there, and no setting here" for key in sorted(there.keys() - asked.keys()) if there[key]
+    ]
     different += [f"{key}: a setting that did not exist" for key in sorted(asked.keys() - there.keys())]
     if different:
         raise RunFolderError(

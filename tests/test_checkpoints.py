@@ -163,8 +163,10 @@ def test_a_checkpoint_of_an_older_version_is_refused_in_one_message(tmp_path, to
     (checkpoint / "state.pt").rename(checkpoint / "optimizer.pt")
     mark = json.loads((checkpoint / "complete.json").read_text())
     (checkpoint / "complete.json").write_text(json.dumps({"bytes": mark["bytes"]}))
+    metrics = (tmp_path / "old/metrics.jsonl").read_bytes()
     with pytest.raises(RunFolderError, match=r"checkpoint-2: an older version's.*; delete .*old$"):
         run(tmp_path / "old", tokenizer, retriever)
+    assert (tmp_path / "old/metrics.jsonl").read_bytes() == metrics  # nothing was cut back
 
 
 def test_a_committed_run_is_known_to_be_finished(tmp_path):
@@ -183,6 +185,6 @@ def test_a_committed_run_is_known_to_be_finished(tmp_path):
         loop.train(load_profile("tiny", masked=False, seed=1, reward_reads_prompt=True), tmp_path / "run")
     del settings["micro_batch_tokens"]  # a run from when rows were counted, not tokens
     config.write_text(yaml.safe_dump(settings | {"micro_batch_size": 4}), encoding="utf-8")
-    gone = "micro_batch_size: a setting that is gone since; micro_batch_tokens: a setting that did not exist"
+    gone = "micro_batch_size: 4 there, and no setting here; micro_batch_tokens: a setting that did not exist"
     with pytest.raises(RunFolderError, match=rf"holds another run \({gone}\)\. Give another run folder"):
         loop.train(load_profile("tiny", masked=False, seed=1), tmp_path / "run")

@@ -250,6 +250,7 @@ def test_a_run_that_is_cut_off_goes_on(tmp_path):
         ({"stop_early": True}, "this: stop_early. Change it"),
         ({"drop_equal_groups": True}, "this: drop_equal_groups. Change it"),
         ({"llds_coef": 0.1}, "this: llds_coef. Change it"),
+        ({"loss_mean": "sequence"}, "entropy_coef: TRL's bonus is a mean over tokens"),
         ({"policy_loss": "cispo", "loss_mean": "sequence"}, "policy_loss = cispo: TRL's has no other mean"),
         ({"stop_early": True, "llds_coef": 0.1}, "this: stop_early; llds_coef. Change it, or take trainer = loop"),
     ],

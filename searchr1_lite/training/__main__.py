@@ -9,11 +9,13 @@ accelerate launch --multi_gpu --num_processes 2 -m searchr1_lite.training --run-
 
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from searchr1_lite.config import ConfigError, load_profile
+from searchr1_lite.config import ConfigError, Profile, load_profile
 from searchr1_lite.plain import plain
 from searchr1_lite.preflight import MemoryFullError
 from searchr1_lite.retrieval.build import BuildError
@@ -44,15 +46,21 @@ def setting(text: str) -> tuple[str, object]:
         raise ArgumentTypeError(f"{text!r}: the value is no YAML ({str(error).splitlines()[0]})") from None
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m searchr1_lite.training", description=__doc__.splitlines()[0])
+def main(
+    arguments: list[str] | None = None,
+    name: str = "training",
+    load: Callable[..., Profile] | None = None,
+    make: Callable[[Profile, Path], Any] | None = None,
+) -> None:
+    """The command; the bug lab gives a `load` and a `make` of its own (searchr1_lite/lab)."""
+    parser = ArgumentParser(prog=f"python -m searchr1_lite.{name}", description=__doc__.splitlines()[0])
     parser.add_argument("--profile", default="tiny", help="a profile's name or a .yaml file")
     parser.add_argument("--run-folder", type=Path, required=True, help="made here; a run that was cut off goes on")
     parser.add_argument("settings", nargs="*", type=setting, metavar="name=value")
     given = parser.parse_args(arguments)
     try:
-        profile = load_profile(given.profile, **dict(given.settings))
-        train(profile, given.run_folder)
+        profile = (load or load_profile)(given.profile, **dict(given.settings))
+        (make or train)(profile, given.run_folder)
     except ERRORS as error:
         sys.exit(f"error: {plain(str(error))}")
 

@@ -31,11 +31,7 @@ def save_checkpoint(run_folder: Path, step: int, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(checkpoint: Path, device: torch.device) -> dict[str, Any]:
-    """What `save_checkpoint` saved. Raises RunFolderError where another trainer or an older version wrote it."""
-    if not (checkpoint / STATE).is_file():
-        raise RunFolderError(
-            f"{checkpoint}: an older version's, which cannot be gone on with; delete {checkpoint.parents[1]}"
-        )
+    """What `save_checkpoint` saved."""
     return torch.load(checkpoint / STATE, map_location=device, weights_only=True)
 
 
@@ -45,11 +41,13 @@ def mark_checkpoint(run_folder: Path, checkpoint: Path, step: int) -> None:
 
 
 def latest_checkpoint(run_folder: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint with its mark, and its step; (None, 0) without one."""
-    marks = {
-        path.parent: read_json(path).get("step", 0)
-        for path in (run_folder / "checkpoints").glob(f"checkpoint-*/{MARK}")
-    }
+    """The newest checkpoint with its mark, and its step; (None, 0) without one.
+
+    Raises RunFolderError for a checkpoint of a version before 0.7, which nothing can go on with.
+    """
+    marks = {path.parent: read_json(path).get("step") for path in (run_folder / "checkpoints").glob(f"*/{MARK}")}
+    if old := [checkpoint for checkpoint, step in marks.items() if step is None]:
+        raise RunFolderError(f"{old[0]}: an older version's, which cannot be gone on with; delete {run_folder}")
     return max(marks.items(), key=lambda pair: pair[1], default=(None, 0))
 
 

@@ -40,6 +40,7 @@ def check_settings(profile: Profile) -> None:
         "stop_early": profile.stop_early,
         "drop_equal_groups": profile.drop_equal_groups,
         "llds_coef": profile.llds_coef > 0,
+        "entropy_coef: TRL's bonus is a mean over tokens": profile.entropy_coef > 0 and profile.loss_mean != "token",
         "policy_loss = cispo: TRL's has no other mean": profile.policy_loss == "cispo" and profile.loss_mean != "token",
     }
     if found := [name for name, is_so in wrong.items() if is_so]:
