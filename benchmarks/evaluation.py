@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import median
 
 from searchr1_lite.config import ROOT, load_profile
-from searchr1_lite.evaluation.__main__ import ROWS, answer_all, policy_of
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.evaluation.into import ROWS, answer_all, policy_of
+from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.cache import remembered
 from searchr1_lite.retrieval.load import load_retriever

@@ -31,7 +31,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from searchr1_lite.config import ROOT, Profile, load_profile, resolve_path
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.memory import CONTEXT, GB, cache_bytes_per_token, memory_plan, model_shape
 from searchr1_lite.provenance import provenance
 from searchr1_lite.rollout.cuda_graphs import Record, cuda_graph

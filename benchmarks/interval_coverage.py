@@ -18,7 +18,7 @@ from scipy.special import expit
 
 from searchr1_lite.config import ROOT
 from searchr1_lite.evaluation.metrics import bootstrap_interval
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 
 QUESTION_SPREAD = 2.0

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import Qwen2Config
 
 from searchr1_lite.config import ROOT, load_profile
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.memory import GB, format_plan, memory_plan
 from searchr1_lite.provenance import provenance
 

@@ -24,7 +24,7 @@ import numpy as np
 from footprint import BATCH, Known, Watch, apart, memory, write_queries
 
 from searchr1_lite.config import ROOT
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.build import build_index
 from searchr1_lite.retrieval.manifest import check_index

@@ -23,7 +23,7 @@ from typing import Any
 
 from searchr1_lite.analysis.page import Source, load_source, write_page
 from searchr1_lite.config import ROOT
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.rollout.protocol import render_prompt
 

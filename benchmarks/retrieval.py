@@ -27,7 +27,7 @@ from projection import draw, project
 from scipy.stats import bootstrap
 
 from searchr1_lite.config import ROOT
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.build import build_index
 from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus

@@ -35,7 +35,7 @@ from workload import (
 )
 
 from searchr1_lite.config import ROOT
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 
 LIBRARIES = ["torch", "transformers", "trl", "bm25s", "numpy"]

@@ -23,7 +23,7 @@ from peers import generate_loop
 from workload import LENGTHS, QUICK_LENGTHS, SHAPE, Clock, Work, learn_histories, make_policy, make_work, ours
 
 from searchr1_lite.config import ROOT
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 
 AXES = {"rows": "rows in memory", "turns": "turns of a row", "context": "tokens of the longest row"}

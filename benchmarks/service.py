@@ -29,7 +29,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from searchr1_lite.config import ROOT, resolve_path
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 
 LIBRARIES = ["fastapi", "uvicorn", "pydantic", "torch", "transformers", "sentence-transformers", "faiss-cpu", "numpy"]

@@ -34,7 +34,7 @@ from trl import GRPOTrainer
 from workload import SHAPE, make_policy
 
 from searchr1_lite.config import ROOT, Profile, load_profile
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.load import load_retriever
 from searchr1_lite.rollout.engine import rollout

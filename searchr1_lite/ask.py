@@ -14,22 +14,17 @@ import re
 import sys
 import time
 import warnings
-from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
 from html import escape
-from io import TextIOWrapper
 from shutil import get_terminal_size
 from textwrap import wrap
 from typing import TextIO
 
-from searchr1_lite.config import Profile, resolve_path
-from searchr1_lite.evaluation.__main__ import named, policy_of
+from searchr1_lite.config import Profile
 from searchr1_lite.evaluation.evaluate import Answered
 from searchr1_lite.evaluation.strategies import STRATEGIES, answer
-from searchr1_lite.plain import plain
-from searchr1_lite.retrieval.load import load_retriever
+from searchr1_lite.printable import printable
 from searchr1_lite.rollout.cuda_graphs import cuda_graph
 from searchr1_lite.rollout.decoding import LocalWriter, decode
 from searchr1_lite.rollout.decoding import greedy as likeliest
@@ -38,7 +33,6 @@ from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import MARKS
 from searchr1_lite.tasks.answers import last_answer
 from searchr1_lite.tasks.questions import QuestionError
-from searchr1_lite.training.__main__ import ERRORS, setting
 from searchr1_lite.types import Question, Retriever
 
 MODEL, ENVIRONMENT, END = "model", "environment", "end"
@@ -72,7 +66,7 @@ def ask(
         raise QuestionError("the question is empty; ask something")
     if show is None:
         show = Notebook() if _in_notebook() else Terminal()
-    asked = Question("asked", MARKS.sub(r"[\1]", plain(question.strip())), ())
+    asked = Question("asked", MARKS.sub(r"[\1]", printable(question.strip())), ())
     began = time.monotonic()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"1 of 1 trajectories ended")  # the last line says so
@@ -122,7 +116,7 @@ class Terminal:
         self.stream, self.at_start, self.last = stream or sys.stdout, True, ""
 
     def __call__(self, text: str, who: str) -> None:
-        text = plain(text)
+        text = printable(text)
         if who != MODEL:
             lines = text.strip().splitlines()
             if who == ENVIRONMENT:
@@ -163,7 +157,7 @@ class Notebook:
 def block_html(who: str, text: str) -> str:
     """One piece of a trajectory, in a <pre>, which Jupyter does not typeset."""
     style = f"white-space:pre-wrap;font-family:inherit;{STYLES[who]}"
-    return f'<pre style="{style}">{escape(plain(text.strip()))}</pre>'
+    return f'<pre style="{style}">{escape(printable(text.strip()))}</pre>'
 
 
 def _in_notebook() -> bool:
@@ -188,37 +182,6 @@ def _typed() -> Iterator[str]:
     print()
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m searchr1_lite.ask", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", help="a profile's name or a .yaml file; else that of the run, else tiny")
-    parser.add_argument("--adapter", type=resolve_path, help="a run folder, or the folder of a PEFT adapter")
-    parser.add_argument("--sampled", action="store_true", help="draw from what the model finds likely; else greedy")
-    parser.add_argument("--seed", type=int, help="of what is drawn; else the profile's")
-    parser.add_argument("words", nargs="*", type=_word, metavar="question, name=value", help="one, in quotes; settings")
-    given = parser.parse_intermixed_args(arguments)
-    settings = dict(word for word in given.words if isinstance(word, tuple))
-    questions = [word for word in given.words if isinstance(word, str)]
-    if len(questions) > 1:
-        parser.error(f"one question at a time, in quotes; got {questions}")
-    for stream in (sys.stdin, sys.stdout):  # whatever bytes come, and whatever the terminal can show
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        settings |= {} if given.seed is None else {"seed": given.seed}
-        profile, adapter = named(given.profile, given.adapter, settings)
-        policy, retriever = policy_of(profile, adapter), load_retriever(profile)
-        answered = partial(ask, policy=policy, retriever=retriever, profile=profile, sampled=given.sampled)
-        if questions:
-            answered(questions[0], seed=profile.seed)
-        elif not _answer_lines(partial(answered, seed=profile.seed)):
-            sys.exit(1)
-    except ERRORS as error:
-        sys.exit(f"error: {plain(str(error))}")
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)  # as a shell says it
-
-
 def _word(text: str) -> str | tuple[str, object]:
     """A setting if it looks like one, else a question."""
     return setting(text) if re.match(r"\w+=", text) else text
@@ -230,17 +193,13 @@ def _answer_lines(answered: Callable[[str], Answered]) -> bool:
     for line in _typed() if person else sys.stdin:
         try:
             if not person:
-                print(f"\nQ: {plain(line.strip())}", flush=True)
+                print(f"\nQ: {printable(line.strip())}", flush=True)
             answered(line)
         except ERRORS as error:
-            print(f"error: {plain(str(error))}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             well = person
         except KeyboardInterrupt:
             if not person:
                 raise
             print("\n[interrupted]")
     return well
-
-
-if __name__ == "__main__":
-    main()

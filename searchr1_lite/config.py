@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from searchr1_lite.errors import UserError
+
 INDEX_KINDS = ("bm25", "flat", "hnsw", "ivf-sq8", "ivf-pq")
 CONTROLS = ("oracle", "random", "empty")
 REINFORCED = ("grpo", "ppo", "reinforce", "reinforce_baseline")  # algorithms that learn from rollouts and rewards
@@ -25,7 +27,7 @@ Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A profile or an override that cannot be used; the message names the setting."""
 
 

@@ -7,8 +7,6 @@ worst: every trajectory as long as it may be. A rollout and a training step do n
 stays plus the larger of the two. Left out: what a vLLM server or another program takes.
 """
 
-import sys
-from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,9 +14,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from searchr1_lite.config import ConfigError, Profile, load_profile, retriever_parts
+from searchr1_lite.config import ConfigError, Profile, retriever_parts
 from searchr1_lite.rollout.decoding import ENTRIES, READ_ENTRIES, READ_TOKENS
-from searchr1_lite.rollout.policy import PolicyError, load_skeleton
+from searchr1_lite.rollout.policy import load_skeleton
 from searchr1_lite.training.score import LOGITS
 
 GB = 1e9
@@ -237,21 +235,3 @@ def _smaller(profile: Profile) -> Iterator[tuple[str, Any]]:
         yield "sampling_weights", "quantized"
     if not profile.gradient_checkpointing:
         yield "gradient_checkpointing", True
-
-
-def main(arguments: list[str] | None = None) -> None:
-    from searchr1_lite.training.__main__ import setting
-
-    parser = ArgumentParser(prog="python -m searchr1_lite.memory", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="tiny", help="a profile's name or a .yaml file")
-    parser.add_argument("settings", nargs="*", type=setting, metavar="name=value")
-    given = parser.parse_args(arguments)
-    try:
-        profile = load_profile(given.profile, **dict(given.settings))
-        print(format_plan(profile, memory_plan(profile)))
-    except (ValueError, PolicyError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,11 +7,12 @@ from contextlib import contextmanager
 import torch
 
 from searchr1_lite.config import ConfigError, Profile
+from searchr1_lite.errors import UserError
 from searchr1_lite.rollout.policy import load_skeleton
 from searchr1_lite.rollout.protocol import PROMPTS
 
 
-class MemoryFullError(RuntimeError):
+class MemoryFullError(UserError):
     """The device's memory is full; the message names the settings to lower."""
 
 

@@ -29,8 +29,8 @@ def command() -> str:
     if "ipykernel" in sys.argv[0]:
         return "a notebook"
     name = program.name
-    if program.is_relative_to(ROOT / "searchr1_lite"):
-        name = "python -m " + ".".join(program.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    if name == "__main__.py":
+        name = "searchr1"
     elif program.is_relative_to(ROOT / "benchmarks"):
         name = f"python {program.relative_to(ROOT).as_posix()}"
     return " ".join([name, *map(_as_typed_from_root, sys.argv[1:])])

@@ -11,12 +11,13 @@ from typing import Any
 import yaml
 
 from searchr1_lite.config import Profile, resolve_path
+from searchr1_lite.errors import UserError
 from searchr1_lite.types import Question
 
 MODEL_FILES = ("config.json", "tokenizer*.json", "*.safetensors")  # what a run depends on; a folder may hold more
 
 
-class RunFolderError(ValueError):
+class RunFolderError(UserError):
     """A run folder that cannot be used for this run; the message says why and what to do."""
 
 

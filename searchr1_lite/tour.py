@@ -132,7 +132,3 @@ def tour(out: Path = OUT) -> None:
     index = write_index(out, tables, list(seconds), runs)
     print("\n" + "\n\n".join(as_text(rows) for rows in tables))
     print(f"\nThe notebooks as pages: {index}")
-
-
-if __name__ == "__main__":
-    tour()

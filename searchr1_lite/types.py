@@ -6,6 +6,8 @@
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from searchr1_lite.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class Passage:
@@ -46,11 +48,11 @@ class Hit:
     score: float
 
 
-class RetrievalError(RuntimeError):
+class RetrievalError(UserError):
     """A search that failed for good; the message names queries and cause."""
 
 
-class QueryRefusedError(ValueError):
+class QueryRefusedError(UserError):
     """A retriever does not take one of the queries it was given, whatever the others are; the message says why."""
 
 

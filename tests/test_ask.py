@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
-from test_plain import commands
+from test_printable import commands
 
 from searchr1_lite import ask as module
 from searchr1_lite.ask import END, ENVIRONMENT, MODEL, Notebook, Terminal, ask, block_html
 from searchr1_lite.config import ROOT, load_profile
-from searchr1_lite.evaluation.__main__ import policy_of
 from searchr1_lite.evaluation.evaluate import evaluate
+from searchr1_lite.evaluation.into import policy_of
 from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.retrieval.sparse import BM25Retriever
 from searchr1_lite.rollout.engine import PromptTooLongError, rollout

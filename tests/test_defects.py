@@ -16,7 +16,7 @@ from test_engine import QUESTIONS, biased_policy, check_logprobs
 
 from searchr1_lite.analysis.runs import RunError, by_mask, load_run
 from searchr1_lite.config import ROOT, ConfigError, load_profile, save_config
-from searchr1_lite.evaluation import __main__ as evaluation
+from searchr1_lite.evaluation import into as evaluation
 from searchr1_lite.experiments import worker
 from searchr1_lite.experiments.plan import load_experiment
 from searchr1_lite.lab import __main__ as command

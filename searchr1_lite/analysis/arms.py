@@ -6,16 +6,13 @@ A run folder is named <arm>-seed<number>. `--again` holds evaluations of the sam
 something else in place (here another retriever). Verdicts are not drawn here.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from searchr1_lite.analysis.runs import Run, RunError, load_run
+from searchr1_lite.analysis.runs import Run, RunError
 from searchr1_lite.config import Profile
-from searchr1_lite.jsonl import write_json
 
 CURVES = ("reward", "exact_match", "searches", "response_length", "invalid_actions")
 
@@ -74,26 +71,3 @@ def sum_up(runs: Sequence[Run], again: Path | None, command: str) -> dict[str, A
         "settings": {arm: {key: profiles[0].get(key) for key in varied} for arm, profiles in of.items()},
         "arms": {arm: [run_entry(run, again) for run in its] for arm, its in arms.items()},
     }
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m searchr1_lite.analysis.arms", description="Sum up an experiment.")
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, named <arm>-seed<number>")
-    parser.add_argument("--again", type=Path, help="a folder of evaluations of these runs, under their names")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    given = parser.parse_args(arguments)
-    parents = " ".join(f"{parent}/*" for parent in sorted({str(folder.parent) for folder in given.folders}))
-    command = f"{parser.prog} {parents}{f' --again {given.again}' * bool(given.again)} --out {given.out}"
-    try:
-        record = sum_up([load_run(folder) for folder in given.folders if folder.is_dir()], given.again, command)
-    except RunError as error:
-        sys.exit(f"error: {error}")
-    write_json(given.out, record)
-    for arm, entries in record["arms"].items():
-        scores = ", ".join(f"{entry['after']['exact_match']:.3f}" for entry in entries)
-        searches = ", ".join(f"{entry['after']['mean_searches']:.2f}" for entry in entries)
-        print(f"{arm:12} exact match {scores}; searches {searches}")
-
-
-if __name__ == "__main__":
-    main()

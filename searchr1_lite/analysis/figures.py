@@ -7,8 +7,6 @@ which makes the README's picture:
 python -m searchr1_lite.analysis.figures --runs data/results/runs --out data/results/masked_vs_unmasked.png
 """
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +16,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from searchr1_lite.analysis.runs import Run, RunError, by_mask, load_runs
+from searchr1_lite.analysis.runs import Run, RunError
 from searchr1_lite.evaluation.metrics import seed_interval
 
 Groups = Mapping[str, Sequence[Run]]  # "masked" and "unmasked", as runs.by_mask gives them
@@ -113,22 +111,3 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=2 * DPI, metadata={"Software": None})
     plt.close(figure)
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m searchr1_lite.analysis.figures", description=learning_curves.__doc__
-    )
-    parser.add_argument("--runs", type=Path, required=True, help="a folder of run folders, or one run folder")
-    parser.add_argument("--out", type=Path, required=True, help="the PNG file to write")
-    given = parser.parse_args(arguments)
-    try:
-        groups = by_mask(load_runs(given.runs))
-        save(learning_curves(groups), given.out)
-    except RunError as error:
-        sys.exit(f"error: {error}")
-    print(f"{given.out}: " + ", ".join(f"{len(runs)} {label}" for label, runs in groups.items()))
-
-
-if __name__ == "__main__":
-    main()

@@ -13,10 +13,8 @@ A claim with a `reason` in place of all this is not testable. `value` says what 
 it did is not said here; notebook 08 tries. No model is loaded, no torch.
 """
 
-import argparse
 import os
 import re
-import sys
 from collections.abc import Sequence
 from io import BytesIO
 from math import ceil, floor, inf, isfinite
@@ -34,9 +32,7 @@ from searchr1_lite.analysis.figures import DPI
 from searchr1_lite.analysis.runs import RunError, read_mapping
 from searchr1_lite.config import ROOT
 from searchr1_lite.evaluation.metrics import mean, seed_interval
-from searchr1_lite.jsonl import write_json, write_whole
-from searchr1_lite.plain import plain
-from searchr1_lite.provenance import command
+from searchr1_lite.printable import printable
 
 Record = dict[str, Any]
 
@@ -239,7 +235,7 @@ def to_markdown(found: Record, folder: Path) -> str:
         paper = f"{one['paper']} ({one['source']})"
         file = Path(os.path.relpath(ROOT / one["file"], folder)).as_posix() if one["experiment"] else ""
         link = f"[{one['experiment']}]({file})" if file else ""
-        cells = [re.sub(r"([|*_<>\[\]~])", r"\\\1", plain(text)) for text in (one["claim"], paper, measured(one))]
+        cells = [re.sub(r"([|*_<>\[\]~])", r"\\\1", printable(text)) for text in (one["claim"], paper, measured(one))]
         lines.append(f"| {' | '.join(cells)} | **{one['verdict']}** | {link} |")
     return "\n".join(lines) + "\n"
 
@@ -313,27 +309,3 @@ def png(figure: Figure) -> bytes:
     plt.close(figure)
     Image.open(drawn).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
     return small.getvalue()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m searchr1_lite.analysis.findings", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("results", nargs="+", type=Path, help="result files of experiments")
-    parser.add_argument("--out", type=Path, required=True, help="the files to write, without their endings")
-    given = parser.parse_args(arguments)
-    try:
-        records = {path: load_result(path) for path in given.results}
-        found = {"command": command(), **findings(records)}
-    except RunError as error:
-        sys.exit(f"error: {plain(str(error))}")
-    for path, record in records.items():
-        write_whole(path.with_suffix(".png"), png(picture(record)))
-    write_json(given.out.with_suffix(".json"), found)
-    write_whole(given.out.with_suffix(".md"), to_markdown(found, given.out.parent))
-    for one in found["claims"]:
-        print(f"{one['verdict']:14} {one['experiment'] or '':10} {one['claim']}")
-
-
-if __name__ == "__main__":
-    main()

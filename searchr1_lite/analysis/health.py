@@ -9,8 +9,6 @@ Needs no torch. Leaves out: mending a run, and alarms on columns that no collaps
 python -m searchr1_lite.analysis.health data/results/runs runs/experiments --out data/results/health.json
 """
 
-import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +21,6 @@ from matplotlib.figure import Figure
 
 from searchr1_lite.analysis.figures import DPI
 from searchr1_lite.analysis.runs import Run, RunError, load_run, read_mapping
-from searchr1_lite.jsonl import write_json
-from searchr1_lite.provenance import provenance
 
 WINDOW = 3  # steps: the run's beginning, and what a value of "now" is the mean of; a single step's questions vary a lot
 FACTOR = 2.0  # what has doubled or halved is an alarm
@@ -249,27 +245,3 @@ def finished_runs(folders: Sequence[Path]) -> list[Run]:
     if not found:
         raise RunError(f"no finished run below {', '.join(map(str, folders))}")
     return list(found.values())
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m searchr1_lite.analysis.health", description=judge.__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders, or folders of them")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    given = parser.parse_args(arguments)
-    try:
-        runs = finished_runs(given.folders)
-        judged = [judge(run) for run in runs if len(run.metrics) >= WINDOW]
-    except RunError as error:
-        sys.exit(f"error: {error}")
-    short = [run.name for run in runs if len(run.metrics) < WINDOW]
-    write_json(
-        given.out, provenance(["pandas"]) | {"fixed": FIXED, "tally": tally(judged), "runs": judged, "too_short": short}
-    )
-    for one in judged:
-        alarm = one["first_alarm"]
-        at = f"{alarm['kind']} at step {alarm['step']}" if alarm else "no alarm"
-        print(f"{one['run']}: {one['outcome']}, peak {one['peak']}, fall at step {one['fall']}, {at}")
-
-
-if __name__ == "__main__":
-    main()

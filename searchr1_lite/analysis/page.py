@@ -9,14 +9,12 @@ or address in. The list and the filters read one small part of the data, a traje
 Scores are those that the file names: nothing is judged here. No torch.
 """
 
-import argparse
 import base64
 import gzip
 import hashlib
 import json
 import math
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +23,7 @@ from typing import Any
 
 from searchr1_lite.analysis.runs import RunError, read_mapping
 from searchr1_lite.analysis.viewer import passages
-from searchr1_lite.jsonl import read_rows, write_whole
+from searchr1_lite.files import read_rows, write_whole
 from searchr1_lite.rollout.protocol import PROMPTS, render_prompt
 
 Row = dict[str, Any]
@@ -242,22 +240,3 @@ def _fill(template: str, data: Sequence[str]) -> str:
 
 def _inside(template: str, tag: str) -> str:
     return template.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m searchr1_lite.analysis.page", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="a run folder, an evaluation folder, or a trajectories.jsonl.gz")
-    parser.add_argument("--against", type=Path, help="another one, to see the same questions side by side")
-    parser.add_argument("--out", type=Path, required=True, help="the HTML file to write")
-    given = parser.parse_args(arguments)
-    try:
-        source, against = load_source(given.folder), load_source(given.against) if given.against else None
-        write_page(source, given.out, against)
-    except RunError as error:
-        sys.exit(f"error: {error}")
-    count = len(source.rows) + len(against.rows if against else ())
-    print(f"{given.out}: {count} trajectories, {given.out.stat().st_size / 1e6:.1f} MB")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,9 +8,7 @@ python -m searchr1_lite.analysis.recorded --source ../shared/data/wiki18/traject
   --out data/results/recorded_trajectories.json
 """
 
-import argparse
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,7 @@ from typing import Any
 import pandas as pd
 
 from searchr1_lite.analysis.runs import RunError
-from searchr1_lite.jsonl import read_rows, write_json
-from searchr1_lite.provenance import provenance
+from searchr1_lite.files import read_rows
 from searchr1_lite.rollout.protocol import INVALID_ACTION, parse_action
 from searchr1_lite.tasks.answers import exact_match, f1, normalize_answer, substring_match
 from searchr1_lite.training.rewards import TAG, answer_was_retrieved
@@ -157,20 +154,3 @@ def summarise(rows: Sequence[Row]) -> Row:
             moves = pd.crosstab(before["outcome"], after["outcome"]).to_dict("index")
             comparisons.append({"dataset": dataset, "first": first, "last": last, "moves": moves})
     return {"trajectories": len(table), "runs": runs, "comparisons": comparisons}
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m searchr1_lite.analysis.recorded", description=summarise.__doc__)
-    parser.add_argument("--source", type=Path, required=True, help="recorded trajectories, or a run folder")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    given = parser.parse_args(arguments)
-    try:
-        summary = summarise(read_trajectories(given.source))
-    except RunError as error:
-        sys.exit(f"error: {error}")
-    write_json(given.out, provenance(["pandas"]) | summary)
-    print(f"{given.out}: {summary['trajectories']} trajectories, {len(summary['runs'])} runs")
-
-
-if __name__ == "__main__":
-    main()

@@ -15,14 +15,15 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from searchr1_lite.jsonl import read_rows
+from searchr1_lite.errors import UserError
+from searchr1_lite.files import read_rows
 
 # Settings in which runs that are averaged may differ: those under study, and those that change no number.
 MAY_DIFFER = {"name", "seed", "masked", "steps", "device", "save_every", "save_trajectories_every"}
 MAY_DIFFER |= {"rollout_rows", "micro_batch_tokens", "cuda_graphs"}
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A run folder that cannot be read; the message names the file, and the line where there is one."""
 
 

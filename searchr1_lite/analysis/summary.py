@@ -5,15 +5,11 @@ python -m searchr1_lite.analysis.summary data/results/runs/* --out data/results/
 It copies, and computes nothing that the run folders do not hold.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from searchr1_lite.analysis.runs import Run, RunError, load_run
+from searchr1_lite.analysis.runs import Run, RunError
 from searchr1_lite.evaluation.metrics import mean, seed_interval
-from searchr1_lite.jsonl import write_json
 
 
 def run_entry(run: Run) -> dict[str, Any]:
@@ -77,23 +73,3 @@ def _mean_and_half_width(values: list[float], digits: int) -> str:
     low, high = seed_interval(values)
     spread = f" ± {(high - low) / 2:.{digits}f}" if high > low else ""
     return f"{mean(values):.{digits}f}{spread}"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m searchr1_lite.analysis.summary", description="Sum up run folders.")
-    parser.add_argument("folders", nargs="+", type=Path, help="run folders")
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file to write")
-    given = parser.parse_args(arguments)
-    parents = sorted({str(folder.parent) for folder in given.folders})
-    command = f"{parser.prog} {' '.join(f'{parent}/*' for parent in parents)} --out {given.out}"
-    try:
-        summary = summarise_runs([load_run(folder) for folder in given.folders if folder.is_dir()], command)
-    except RunError as error:
-        sys.exit(f"error: {error}")
-    write_json(given.out, summary)
-    print(f"{given.out}: {len(summary['runs'])} runs\n")
-    print(markdown_table(summary))
-
-
-if __name__ == "__main__":
-    main()

@@ -11,9 +11,7 @@ Names of ways, models and data sets come from files and are escaped for each for
 the ways answer is said in evaluation/strategies.py.
 """
 
-import argparse
 import re
-import sys
 from collections.abc import Sequence
 from itertools import combinations, pairwise
 from math import isnan
@@ -31,9 +29,8 @@ from searchr1_lite.analysis.figures import DPI, save
 from searchr1_lite.analysis.runs import RunError, read_mapping
 from searchr1_lite.config import ROOT
 from searchr1_lite.evaluation.metrics import bootstrap_interval, holm, mean, paired_p, smallest_difference
-from searchr1_lite.jsonl import read_rows, write_json, write_whole
-from searchr1_lite.plain import plain
-from searchr1_lite.provenance import command
+from searchr1_lite.files import read_rows, write_json, write_whole
+from searchr1_lite.printable import printable
 from searchr1_lite.tasks.answers import exact_match, f1, substring_match
 
 Record = dict[str, Any]
@@ -365,7 +362,7 @@ def _swap(pair: Record, names: dict[str, str]) -> str:
 
 
 def in_one_line(text: str) -> str:
-    return " ".join(plain(text).split())
+    return " ".join(printable(text).split())
 
 
 def markdown(text: str) -> str:
@@ -466,24 +463,3 @@ def write_table(record: Record, out: Path) -> list[Path]:
         write_whole(paths[kind], make(record))
     save(picture(record), paths["png"])
     return list(paths.values())
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m searchr1_lite.analysis.table", description=__doc__.splitlines()[0])
-    parser.add_argument("folders", nargs="+", type=Path, help="comparisons, of seed<number>/<way>/ each")
-    parser.add_argument("--out", type=Path, required=True, help="the files to write, without their endings")
-    given = parser.parse_args(arguments)
-    try:
-        record = make_record(given.folders, command())
-    except RunError as error:
-        sys.exit(f"error: {plain(str(error))}")
-    paths = write_table(record, given.out)
-    for decoding in record["decodings"]:
-        print(
-            *(f"{decoding:8} {in_one_line(row[0]):22} {row[2]}" for row in _text_rows(record, decoding)[1:]), sep="\n"
-        )
-    print(*map(in_one_line, notes(record)), *paths, sep="\n")
-
-
-if __name__ == "__main__":
-    main()

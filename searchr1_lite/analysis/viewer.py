@@ -8,7 +8,7 @@ import re
 from html import escape
 from typing import Any
 
-from searchr1_lite.plain import plain
+from searchr1_lite.printable import printable
 
 Row = dict[str, Any]
 
@@ -30,7 +30,7 @@ def trajectory_text(row: Row) -> str:
     for turn in row["turns"]:
         lines += turn["text"].strip().splitlines()
         lines += [f"  | {line}" for line in turn["observation"].strip().splitlines()]
-    return plain("\n".join(lines))
+    return printable("\n".join(lines))
 
 
 def trajectory_html(row: Row) -> str:

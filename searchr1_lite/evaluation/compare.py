@@ -10,17 +10,11 @@ table. As in the paper (arXiv 2503.09516), what only prompts asks the instruct m
 model its supervised fine-tuning began from it does not say, here it is the base.
 """
 
-import re
-import sys
-import time
-from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from searchr1_lite.config import Profile, load_profile
-from searchr1_lite.evaluation.__main__ import evaluate_into
-from searchr1_lite.plain import plain
-from searchr1_lite.training.__main__ import ERRORS, setting
+from searchr1_lite.config import Profile
+from searchr1_lite.evaluation.into import evaluate_into
 from searchr1_lite.training.loop import train
 
 
@@ -67,37 +61,3 @@ def follow(name: str, profile: Profile, instruct: str, folder: Path) -> dict[str
     if WAYS[name].training is not None:
         adapter = train(chosen, folder / f"{name}-training") / "adapter"
     return evaluate_into(folder / name, chosen, "both", adapter)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m searchr1_lite.evaluation.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", default="tiny", help="a profile's name or a .yaml file")
-    parser.add_argument("--out", type=Path, required=True, help="made here; a comparison that was cut off goes on")
-    parser.add_argument("--instruct", help="the model that follows instructions; else that of the base's name")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), metavar="WAY", help=", ".join(WAYS))
-    parser.add_argument("settings", nargs="*", type=setting, metavar="name=value")
-    # Settings may stand anywhere; after a list argparse would take them for its next members.
-    typed = sorted(sys.argv[1:] if arguments is None else arguments, key=lambda one: not re.match(r"\w+=", one))
-    given = parser.parse_intermixed_args(typed)
-    began = time.monotonic()
-    try:
-        for seed in given.seeds:
-            profile = load_profile(given.profile, **dict(given.settings) | {"seed": seed})
-            for number, name in enumerate(given.ways, 1):
-                result = follow(
-                    name, profile, given.instruct or instruct_model(profile.model), given.out / f"seed{seed}"
-                )
-                scores = [f"{kind} {result[kind]['exact_match']:.3f}" for kind in ("greedy", "sampled")]
-                minutes = (time.monotonic() - began) / 60
-                print(
-                    f"seed {seed}, {number} of {len(given.ways)}: {name}, exact match {', '.join(scores)}; "
-                    f"{minutes:.1f} minutes so far",
-                    flush=True,
-                )
-    except ERRORS as error:
-        sys.exit(f"error: {plain(str(error))}")
-
-
-if __name__ == "__main__":
-    main()

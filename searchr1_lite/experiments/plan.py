@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from searchr1_lite.analysis.runs import read_mapping
 from searchr1_lite.config import ROOT, ConfigError, Profile, load_profile
+from searchr1_lite.errors import UserError
 from searchr1_lite.lab.profile import load_broken
 
 BASE = {"steps": 24, "questions_per_step": 6, "group_size": 5}
@@ -20,7 +21,7 @@ RUNS = ROOT / "runs" / "experiments"
 SMOKE = "smoke"  # shows that everything runs, and measures nothing
 
 
-class ExperimentError(ValueError):
+class ExperimentError(UserError):
     """An experiment that cannot be used, made or summed up; the message says why and what to do."""
 
 

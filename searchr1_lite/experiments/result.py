@@ -10,7 +10,7 @@ from searchr1_lite.analysis.runs import Run, load_run
 from searchr1_lite.config import Profile
 from searchr1_lite.evaluation.metrics import mean
 from searchr1_lite.experiments.plan import Experiment, ExperimentError
-from searchr1_lite.jsonl import write_whole
+from searchr1_lite.files import write_whole
 from searchr1_lite.runfolder import is_finished
 
 # Columns of metrics.jsonl that are kept, where a run has them; searches_by_hops.1 and so on as well

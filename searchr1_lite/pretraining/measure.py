@@ -14,7 +14,7 @@ import torch
 
 from searchr1_lite.config import Profile, load_profile
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.pretraining.pretrain import encode_segments
 from searchr1_lite.pretraining.transcripts import Writer
 from searchr1_lite.retrieval.sparse import BM25Retriever

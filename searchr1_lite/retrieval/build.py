@@ -6,12 +6,10 @@ index is assembled, and becomes FOLDER by being renamed. Such a folder holds eve
 changed: adding passages is left out.
 """
 
-import argparse
 import gzip
 import json
 import os
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +25,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from searchr1_lite.config import resolve_path
-from searchr1_lite.jsonl import read_rows, write_json
+from searchr1_lite.errors import UserError
+from searchr1_lite.files import read_rows, write_json
 from searchr1_lite.retrieval import encoders
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, passage_of
 from searchr1_lite.retrieval.encoders import Encoder
@@ -45,7 +44,7 @@ SHARD = 50_000  # passages
 INDEX = "index.faiss"
 
 
-class BuildError(ValueError):
+class BuildError(UserError):
     """An index that cannot be built, or not gone on with; the message says why and what to do."""
 
 
@@ -351,28 +350,3 @@ def _check_vectors(folder: Path, index: Any, number: int, dimension: int) -> Non
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:,.2f} GB"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Build an index folder, or go on with one that was cut off.")
-    parser.add_argument("--corpus", required=True, help=".jsonl(.gz) of passages")
-    parser.add_argument("--kind", required=True, help="bm25, flat, hnsw, ivf-sq8, ivf-pq or faiss:<factory string>")
-    parser.add_argument("--encoder", default="minilm", help="'minilm', a hub name or a folder; not for bm25")
-    parser.add_argument("--out", required=True, help="the folder to make")
-    parser.add_argument("--vectors", help="a flat FAISS index or .npy of the passages' vectors, instead of encoding")
-    parser.add_argument("--shard", type=int, default=SHARD, help="passages in memory at once")
-    args = parser.parse_args()
-    if args.shard < 1:
-        parser.error("--shard must be 1 or more")
-    try:
-        encoder = None if args.kind == "bm25" else encoders.load_encoder(args.encoder)
-        build_index(CorpusFile(args.corpus), args.out, args.kind, encoder, args.shard, vectors=args.vectors)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
-    print(f"{args.out}: whole")
-
-
-if __name__ == "__main__":
-    main()

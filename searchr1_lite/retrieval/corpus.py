@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from searchr1_lite.config import ROOT, resolve_path
-from searchr1_lite.jsonl import id_field, read_rows, text_field
+from searchr1_lite.errors import UserError
+from searchr1_lite.files import id_field, read_rows, text_field
 from searchr1_lite.types import Passage
 
 
-class CorpusError(ValueError):
+class CorpusError(UserError):
     """A corpus that cannot be used; the message names file and line."""
 
 

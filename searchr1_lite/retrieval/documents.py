@@ -7,12 +7,10 @@ No word is lost but what trafilatura takes for a page's menus, and its comments.
 PDF and office formats, passages that overlap, and documents that do not fit in memory (but for JSONL, read by row).
 """
 
-import argparse
 import codecs
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +18,8 @@ from types import ModuleType
 
 from tqdm import tqdm
 
-from searchr1_lite.jsonl import read_rows, text_field
+from searchr1_lite.errors import UserError
+from searchr1_lite.files import read_rows, text_field
 from searchr1_lite.retrieval.corpus import join_contents, split_contents
 from searchr1_lite.types import Passage
 
@@ -32,7 +31,7 @@ ASIDE = re.compile(r"\A---\s*$.*?^---\s*$|^ {0,3}(```|~~~).*?^ {0,3}\1", re.MULT
 HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(\S.*?)[ \t\r#]*$|^(\S.*)\n=+[ \t\r]*$", re.MULTILINE)
 
 
-class DocumentError(ValueError):
+class DocumentError(UserError):
     """A document that cannot be used; the message names the file."""
 
 
@@ -158,21 +157,3 @@ def _optional(library: str) -> ModuleType:
         return import_module(library)
     except ImportError:
         raise DocumentError(f"{library} is not installed; run: pip install 'searchr1_lite[documents]'") from None
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Cut documents into passages: a corpus to build an index of.")
-    parser.add_argument("documents", nargs="+", help=f"files or folders; {', '.join(SUPPORTED)}")
-    parser.add_argument("--out", type=Path, required=True, help="the corpus, a .jsonl file")
-    parser.add_argument("--words", type=int, default=WORDS, help="in a passage, at most (default: %(default)s)")
-    args = parser.parse_args()
-    try:
-        print(f"{args.out}: {write_corpus(args.documents, args.out, args.words):,} passages")
-    except (DocumentError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; nothing was written")
-
-
-if __name__ == "__main__":
-    main()

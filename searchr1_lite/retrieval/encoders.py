@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from searchr1_lite.config import resolve_path
+from searchr1_lite.errors import UserError
 from searchr1_lite.retrieval.corpus import join_contents
 from searchr1_lite.types import Passage
 
@@ -24,7 +25,7 @@ PROGRESS_FROM = 5000  # texts; shorter encodings show no bar
 BATCH = 64  # texts
 
 
-class EncoderError(ValueError):
+class EncoderError(UserError):
     """An encoder that cannot be loaded, or is not the one it should be."""
 
 

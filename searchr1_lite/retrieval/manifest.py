@@ -6,14 +6,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.errors import UserError
+from searchr1_lite.files import write_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 AGAIN = "delete the folder and build the index again, or name another folder"
 
 
-class IndexMismatchError(ValueError):
+class IndexMismatchError(UserError):
     """A saved index that is not of this corpus, encoder or kind, or is not whole; the message says which."""
 
 

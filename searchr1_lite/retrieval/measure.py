@@ -5,21 +5,14 @@ records the figures; `--qrels T` takes the supporting passages from a table of j
 judgements are left out: a passage is needed or it is not.
 """
 
-import argparse
 import csv
-import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from searchr1_lite.config import load_profile
-from searchr1_lite.jsonl import read_rows, text_field, write_json
-from searchr1_lite.provenance import provenance
-from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus
-from searchr1_lite.retrieval.load import load_retriever
-from searchr1_lite.retrieval.sparse import SETTINGS
-from searchr1_lite.tasks.questions import QuestionError, read_questions, supporting_ids
+from searchr1_lite.files import read_rows, text_field
+from searchr1_lite.tasks.questions import QuestionError, supporting_ids
 from searchr1_lite.types import Passage, Question, Retriever
 
 KS = (1, 3, 5, 10)
@@ -97,36 +90,3 @@ def measure(name: str, retriever: Retriever, questions: list[Question], ks: Sequ
     figures = {key: round(value, 4) for key, value in figures.items()}
     print(name, figures)
     return {"retriever": name, **figures}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure what sparse and dense search find of what is needed.")
-    parser.add_argument("--corpus", required=True, help=".jsonl(.gz) of passages")
-    parser.add_argument("--questions", required=True, help=".jsonl(.gz) of questions with supporting passages")
-    parser.add_argument("--qrels", help="BEIR judgements (.tsv); --questions then holds BEIR queries")
-    parser.add_argument("--ks", type=int, nargs="+", default=KS, help="how many passages to look at")
-    parser.add_argument("--encoder", default="minilm")
-    parser.add_argument("--published", nargs="*", help="figures to record beside ours: nDCG@10=0.6789 ...")
-    parser.add_argument("--out", required=True, help="the JSON file to write")
-    args = parser.parse_args()
-    try:
-        passages = load_corpus(args.corpus)
-        questions = read_judged(args.questions, args.qrels) if args.qrels else read_questions(args.questions)
-        check_supporting(questions, passages)
-        record = provenance(LIBRARIES) | {
-            "corpus": {"passages": len(passages), "checksum": corpus_checksum(passages)},
-            "questions": len(questions),
-            "published": args.published,
-            "bm25": SETTINGS,
-            "results": [],
-        }
-        for kind, name in (("bm25", "bm25"), ("flat", f"flat, {args.encoder}")):
-            retriever = load_retriever(load_profile("tiny", retriever=kind, encoder=args.encoder), passages)
-            record["results"].append(measure(name, retriever, questions, args.ks))
-            write_json(Path(args.out), record)  # after each, since encoding takes long
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

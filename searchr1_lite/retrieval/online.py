@@ -35,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, SecretStr, Validat
 from tenacity import Retrying, retry_if_result, stop_before_delay, wait_random_exponential
 
 from searchr1_lite.config import resolve_path
+from searchr1_lite.errors import UserError
 from searchr1_lite.retrieval.remote import SHOWN, RetrieverDownError, _seconds, is_loopback
 from searchr1_lite.types import Hit, Passage, QueryRefusedError
 
@@ -48,7 +49,7 @@ for _logger in ("httpx", *(f"httpcore.{part}" for part in ("connection", "http11
     logging.getLogger(_logger).addFilter(lambda record: not _asking.get())
 
 
-class OnlineError(ValueError):
+class OnlineError(UserError):
     """A template or a key that cannot be used."""
 
 

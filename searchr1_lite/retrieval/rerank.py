@@ -9,13 +9,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from searchr1_lite.errors import UserError
 from searchr1_lite.retrieval.encoders import EncoderError, _folder
 from searchr1_lite.types import Hit, Retriever
 
 ARCHITECTURE = "ForSequenceClassification"  # how the class names of all cross-encoders end
 
 
-class RerankerError(ValueError):
+class RerankerError(UserError):
     """A reranker that cannot be loaded, or whose scores order nothing."""
 
 

@@ -10,15 +10,12 @@ of all clients are searched together (batching.py). `GET /health` says what is s
 `pip install "searchr1_lite[service]"`.
 """
 
-import argparse
 import asyncio
 import hmac
 import json
 import logging
-import os
 import signal
 import socket
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -38,7 +35,6 @@ from searchr1_lite.retrieval.batching import Batcher
 from searchr1_lite.retrieval.corpus import join_contents
 from searchr1_lite.retrieval.load import TOKEN
 from searchr1_lite.retrieval.manifest import MANIFEST
-from searchr1_lite.retrieval.remote import is_loopback
 from searchr1_lite.types import Hit, QueryRefusedError, RetrievalError, Retriever
 
 MAX_QUERIES = 4096  # in a request; Search-R1 sends the 512 x 5 of a training step in one
@@ -307,34 +303,3 @@ def serve(app: FastAPI, listener: socket.socket, what: str) -> None:
         signal.signal(one, signal.SIG_IGN)  # uvicorn takes them over, and at its end raises them once more
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=60)
     _Announced(config, f"{url}/retrieve serves {what}").run(sockets=[listener])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Serve an index over HTTP, as Search-R1's retrieval server does.")
-    parser.add_argument("--index", type=Path, action="append", required=True, help="a folder; several are fused")
-    parser.add_argument("--rerank", metavar="MODEL", help="a cross-encoder that orders what was found")
-    parser.add_argument("--host", default="127.0.0.1", help=f"any other than this machine alone needs {TOKEN} set")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--topk", type=int, default=3, help="passages for a request that does not say")
-    args = parser.parse_args()
-    token = os.environ.get(TOKEN)
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "passive"
-    )  # read when torch and FAISS load; else their threads wait busily
-    if not 1 <= args.topk <= MAX_K:
-        parser.error(f"--topk must be from 1 to {MAX_K}")
-    if not is_loopback(args.host) and not token:
-        sys.exit(f"error: {args.host} can be reached by others; set {TOKEN} to a secret that clients must send")
-    try:
-        with bind(args.host, args.port) as listener:
-            retriever, about = load(args.index, args.rerank)
-            what = "; ".join(
-                f"{one['folder']} ({one['kind']}, {one['passages']:,} passages)" for one in about["indexes"]
-            )
-            serve(make_app(retriever, args.topk, about, token), listener, what)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
-if __name__ == "__main__":
-    main()

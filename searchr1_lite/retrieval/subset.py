@@ -17,7 +17,6 @@ import math
 import os
 import random
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -29,12 +28,12 @@ import numpy as np
 from tqdm import tqdm
 
 from searchr1_lite.config import load_profile, resolve_path
-from searchr1_lite.jsonl import append_rows, read_rows, write_json
+from searchr1_lite.files import append_rows, read_rows, write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.build import build_index
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, load_corpus, passage_of
 from searchr1_lite.retrieval.dense import check_agreement, stored_vectors
-from searchr1_lite.retrieval.encoders import Encoder, EncoderError, load_encoder
+from searchr1_lite.retrieval.encoders import Encoder, load_encoder
 from searchr1_lite.retrieval.load import default_folder, load_retriever
 from searchr1_lite.tasks.questions import QuestionError, load_questions, read_questions
 from searchr1_lite.types import Passage, Question
@@ -259,33 +258,3 @@ def make_subset(args: argparse.Namespace, questions: list[Question]) -> dict[str
     }
     write_json(args.out / "subset.json", record)
     return record
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Cut a corpus that fits a laptop out of a big one.")
-    parser.add_argument("--corpus", type=Path, required=True, help=".jsonl(.gz) of passages")
-    parser.add_argument("--questions", required=True, help="a data set's name, or a .jsonl(.gz) file")
-    parser.add_argument("--split", help="or several, as train+test; without it all of a file, or 'test' of a data set")
-    parser.add_argument("--limit", type=int, help="so many questions of a split, drawn at random")
-    parser.add_argument("--per-question", type=int, default=10, help="passages for one that names none")
-    parser.add_argument("--distractors", type=int, default=100_000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--index", type=Path, help="the corpus's flat index, to cut the vectors out of")
-    parser.add_argument("--encoder", help=f"dense instead of BM25: 'minilm', a hub name, a folder (--index: {E5})")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    if args.distractors < 0 or args.per_question < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("--distractors must be 0 or more, --per-question and --limit 1 or more")
-    args.encoder = args.encoder or (E5 if args.index else None)
-    try:
-        record = make_subset(args, chosen_questions(args.questions, args.split, args.limit, args.seed))
-    except EncoderError as error:
-        sys.exit(f"error: {error}; dense search needs {args.encoder}: fetch it once, or name its folder with --encoder")
-    except (CorpusError, QuestionError, OSError) as error:
-        sys.exit(f"error: {error}")
-    for key in ("passages", "needed", "distractors", "questions", "met_by_answers", "partly_met", "nothing_found"):
-        print(f"{key}: {len(record[key]) if isinstance(record[key], list) else record[key]:,}")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,13 +7,11 @@ off goes on. The original's BM25 and HNSW indexes are left out. `subset.py` open
 has a vector a passage, and cuts out a corpus that fits a laptop.
 """
 
-import argparse
 import gzip
 import hashlib
 import json
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +21,8 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 from tqdm import tqdm
 
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.errors import UserError
+from searchr1_lite.files import write_json
 
 CORPUS, INDEX = "wiki-18.jsonl", "e5_Flat.index"
 MADE_OF = {  # hub dataset and files, in order; the index is its parts joined (Search-R1 README, "cat part_*")
@@ -36,7 +35,7 @@ UNPACKED = 3.5  # times the size of a gzip file of passages, with room to spare:
 BLOCK = 1 << 20  # bytes
 
 
-class Wiki18Error(ValueError):
+class Wiki18Error(UserError):
     """Files that cannot be had, do not fit or are not what they should be; the message says what to do."""
 
 
@@ -167,29 +166,3 @@ def finished(out: Path) -> dict[str, int]:
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:,.2f} GB"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Fetch, verify and unpack wiki-18 and its e5 index.")
-    parser.add_argument("--out", type=Path, default=Path("data/cache/wiki-18"))
-    parser.add_argument("--no-index", action="store_true", help="the corpus alone")
-    parser.add_argument("--source", type=Path, help="a folder with the hub's files, instead of the hub")
-    parser.add_argument("--plan", action="store_true", help="say what it takes, and stop")
-    args = parser.parse_args()
-    try:
-        there = finished(args.out)
-        targets = [name for name in ([CORPUS] if args.no_index else MADE_OF) if name not in there]
-        wanted = {name: local_parts(name, args.source) if args.source else hub_parts(name) for name in targets}
-        if wanted:
-            print_plan(args.out, wanted)
-        for target in wanted if not args.plan else ():
-            make(target, wanted[target], args.out)
-        print(*(f"{args.out / name}: whole, {size:,} bytes" for name, size in finished(args.out).items()), sep="\n")
-    except (Wiki18Error, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from here")
-
-
-if __name__ == "__main__":
-    main()

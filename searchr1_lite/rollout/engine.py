@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from searchr1_lite.config import ConfigError, Profile
+from searchr1_lite.errors import UserError
 from searchr1_lite.retrieval.batching import Batcher
 from searchr1_lite.rollout.cuda_graphs import cuda_graph
 from searchr1_lite.rollout.decoding import LocalWriter, decode
@@ -37,7 +38,7 @@ from searchr1_lite.rollout.weights import plain_weights
 from searchr1_lite.types import QueryRefusedError, Question, Retriever
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(UserError):
     """A question whose prompt does not fit; the message names it."""
 
 

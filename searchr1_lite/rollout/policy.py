@@ -16,10 +16,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, set_seed
 
 from searchr1_lite.config import Profile, resolve_path
+from searchr1_lite.errors import UserError
 from searchr1_lite.provenance import provenance
 
 
-class PolicyError(RuntimeError):
+class PolicyError(UserError):
     """A model or tokenizer that cannot be used; the message says what to do."""
 
 

@@ -31,6 +31,7 @@ from uuid import uuid4
 import numpy as np
 
 from searchr1_lite.config import Profile, resolve_path
+from searchr1_lite.errors import UserError
 from searchr1_lite.rollout.decoding import Stops
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import CLOSING_TAGS
@@ -54,7 +55,7 @@ IDS = {"return_token_ids": True, "logprobs": 0}  # of the sampled token alone
 Written = tuple[list[int], list[float]]  # ids and log-probabilities of a turn
 
 
-class VLLMError(RuntimeError):
+class VLLMError(UserError):
     """A server that is not there, not the right one, or fails; the message has the URL, the request and what to do."""
 
 

@@ -10,16 +10,14 @@ paper, by the names they have here, and stops at any other: give questions of yo
 prompts, `metadata.context` (as everywhere here), and the tool settings that verl's own recipe adds.
 """
 
-import argparse
 import os
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import parquet
 
 from searchr1_lite.rollout.protocol import render_prompt
-from searchr1_lite.tasks.questions import EVALUATION, Named, QuestionError, keep_apart, load_by_set
+from searchr1_lite.tasks.questions import Named, keep_apart, load_by_set
 
 
 def training_table(pairs: list[Named], split: str) -> pa.Table:
@@ -55,24 +53,3 @@ def export(source: str, split: str, out: Path, data_source: str | None = None) -
     parquet.write_table(table, beside)
     os.replace(beside, out)
     return table
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write questions as the parquet file that Search-R1 and verl read.")
-    parser.add_argument("--questions", required=True, help="as in a profile: a name, a file, a folder, a hub dataset")
-    parser.add_argument("--split", required=True, help="train, test, ...")
-    parser.add_argument("--out", required=True, type=Path, help="the .parquet file to write")
-    parser.add_argument("--data-source", help=f"for all rows; Search-R1 knows {', '.join(EVALUATION)}")
-    args = parser.parse_args()
-    try:
-        table = export(args.questions, args.split, args.out, args.data_source)
-    except (QuestionError, pa.ArrowException, OSError) as error:
-        sys.exit(f"error: {error}")
-    print(f"{args.out}: {table.num_rows:,} questions, {', '.join(table.column_names)}")
-    unknown = sorted(set(table["data_source"].unique().to_pylist()) - set(EVALUATION))
-    if unknown:
-        print(f"note: Search-R1 stops at the data_source {', '.join(unknown)}; it knows {', '.join(EVALUATION)}")
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from searchr1_lite.config import ROOT, Profile, resolve_path
-from searchr1_lite.jsonl import id_field, read_rows, text_field
+from searchr1_lite.errors import UserError
+from searchr1_lite.files import id_field, read_rows, text_field
 from searchr1_lite.types import Question
 
 TRAIN_SHARE = 0.8  # of the questions of a file that names no splits
@@ -40,7 +41,7 @@ ROWS = {(name, "test"): count for name, count in EVALUATION.items()} | {(MIX, "t
 Named = tuple[str, Question]  # the name of its set, and the question with its id in that set
 
 
-class QuestionError(ValueError):
+class QuestionError(UserError):
     """Questions that cannot be used; the message names file and line (in parquet, row), or the source."""
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.runfolder import RunFolderError, read_json
 
 GROWING = ("metrics.jsonl", "trajectories.jsonl.gz")

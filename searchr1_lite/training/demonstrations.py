@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 
 from searchr1_lite.config import ConfigError, Profile
 from searchr1_lite.evaluation.evaluate import progress_line
-from searchr1_lite.jsonl import read_rows, write_whole
+from searchr1_lite.files import read_rows, write_whole
 from searchr1_lite.retrieval.cache import remembered
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy

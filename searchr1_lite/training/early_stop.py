@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from searchr1_lite.analysis.health import WINDOW, Alarm, alarms
 from searchr1_lite.config import Profile
-from searchr1_lite.jsonl import write_json, write_whole
+from searchr1_lite.files import write_json, write_whole
 from searchr1_lite.runfolder import read_json
 
 STOPPED = "stopped.json"  # step, kind and message of the alarm, best_step and best_exact_match

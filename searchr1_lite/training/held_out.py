@@ -10,7 +10,7 @@ from accelerate.utils import gather_object
 
 from searchr1_lite.config import Profile
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate, summarise
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.preflight import memory_for
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.runfolder import read_json

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import get_constant_schedule_with_warmup as constant_with_warmup
 
 from searchr1_lite.config import REINFORCED, Profile, save_config
-from searchr1_lite.jsonl import write_json
+from searchr1_lite.files import write_json
 from searchr1_lite.memory import check_memory
 from searchr1_lite.preflight import check_processes, check_settings, memory_for
 from searchr1_lite.retrieval.cache import remembered

@@ -23,7 +23,7 @@ from torch import Tensor
 from searchr1_lite.config import REINFORCED, Profile
 from searchr1_lite.evaluation.metrics import mean
 from searchr1_lite.evaluation.rollout_metrics import rollout_metrics
-from searchr1_lite.jsonl import append_rows
+from searchr1_lite.files import append_rows
 from searchr1_lite.rollout.rows import trajectory_to_row
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.tasks.answers import exact_match

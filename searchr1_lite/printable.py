@@ -12,10 +12,10 @@ import re
 OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def plain(text: str) -> str:
+def printable(text: str) -> str:
     r"""`text` with a visible sign for each character that a terminal obeys, ␛ or \x9b or \u202e; the rest as it is.
 
-    Tab and newline stay. `plain(a) + plain(b) == plain(a + b)` and `plain(plain(a)) == plain(a)`.
+    Tab and newline stay. Text may come in pieces: `printable(a) + printable(b) == printable(a + b)`.
     """
     return OBEYED.sub(lambda found: _shown(ord(found[0])), text)
 

@@ -25,9 +25,7 @@ published figures were decoded is therefore not certain, and both are made here 
 also drops the last batch if that is not full; here every question counts.
 """
 
-import sys
 import time
-from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +40,12 @@ from searchr1_lite.evaluation.evaluate import (
     summarise_figures,
 )
 from searchr1_lite.evaluation.metrics import macro_average
-from searchr1_lite.jsonl import append_rows, read_rows, write_json
-from searchr1_lite.plain import plain
+from searchr1_lite.files import append_rows, read_rows, write_json
 from searchr1_lite.retrieval.cache import remembered
 from searchr1_lite.retrieval.load import load_retriever
 from searchr1_lite.rollout.policy import Policy, PolicyError, environment, load_policy, with_adapter
 from searchr1_lite.runfolder import RunFolderError, check_same_run, fingerprint, is_finished, read_json
 from searchr1_lite.tasks.questions import held_out
-from searchr1_lite.training.__main__ import ERRORS, setting
 from searchr1_lite.types import Question, RetrievalError, Retriever
 
 SECONDS_BETWEEN_WRITES = 1.0  # what is lost where an evaluation is cut off, besides what was under way
@@ -177,31 +173,3 @@ def check_base(adapter: Path, model: str) -> None:
     if base and resolve_path(base).resolve() != resolve_path(model).resolve():
         advice = f"give model={base}, or, if the two are copies of one model, correct the name in adapter_config.json"
         raise ConfigError(f"{adapter} was trained on {base}, but the model in use is {model}; {advice}")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = ArgumentParser(prog="python -m searchr1_lite.evaluation", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", help="a profile's name or a .yaml file; else that of the run, else tiny")
-    parser.add_argument("--out", type=Path, required=True, help="made here; an evaluation that was cut off goes on")
-    parser.add_argument("--adapter", type=resolve_path, help="a run folder, or the folder of a PEFT adapter")
-    parser.add_argument("--decoding", choices=DECODINGS, default="both")
-    parser.add_argument("settings", nargs="*", type=setting, metavar="name=value")
-    given = parser.parse_intermixed_args(arguments)
-    try:
-        profile, adapter = named(given.profile, given.adapter, dict(given.settings))
-        result = evaluate_into(given.out, profile, given.decoding, adapter)
-    except ERRORS as error:
-        sys.exit(f"error: {plain(str(error))}")
-    for decoding in DECODINGS[given.decoding]:
-        sets = result[decoding]["by_data_set"]
-        for name, one in ({"all": result[decoding]} | (sets if len(sets) > 1 else {})).items():
-            low, high = one["exact_match_interval"]
-            score = f"exact match {one['exact_match']:.3f} [{low:.3f}, {high:.3f}], F1 {one['f1']:.3f}"
-            searches = f"{one['mean_searches']:.2f} searches"
-            if one["failed_searches"]:
-                searches += f"; left out, since a query was refused: {one['failed_searches']}"
-            print(f"{decoding}, {plain(name)}: {one['questions']} questions, {score}, {searches}")
-
-
-if __name__ == "__main__":
-    main()

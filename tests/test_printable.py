@@ -6,7 +6,7 @@ import unicodedata
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from searchr1_lite.plain import plain
+from searchr1_lite.printable import printable
 
 # Mostly what is dangerous, so that sequences come up; and any character at all, halves of surrogate pairs too.
 dangerous = st.sampled_from(
@@ -28,17 +28,17 @@ def commands(text: str) -> list[int]:
 @given(texts)
 @example("\x1b[2J\x1b]8;;http://x\x1b\\click\x1b]8;;\x1b\\")
 def test_nothing_is_left_for_a_terminal_to_obey(text):
-    assert commands(plain(text)) == []
+    assert commands(printable(text)) == []
 
 
 @given(texts)
 def test_once_is_enough(text):
-    assert plain(plain(text)) == plain(text)
+    assert printable(printable(text)) == printable(text)
 
 
 @given(texts, texts)
 def test_pieces_are_as_safe_as_the_whole(first, second):
-    assert plain(first) + plain(second) == plain(first + second)
+    assert printable(first) + printable(second) == printable(first + second)
 
 
 @given(texts)
@@ -47,12 +47,12 @@ def test_the_rest_is_there_as_it_was(text):
         turns = unicodedata.bidirectional(one) in TURNS
         return one in "\t\n" or (not turns and unicodedata.category(one) not in ("Cc", "Cs"))
 
-    assert all(plain(one) == one for one in text if harmless(one))
-    assert all(plain(one) != one for one in text if not harmless(one))
+    assert all(printable(one) == one for one in text if harmless(one))
+    assert all(printable(one) != one for one in text if not harmless(one))
 
 
 def test_by_hand():
-    assert plain("\x1b[31mred\x1b[0m") == "␛[31mred␛[0m"
-    assert plain("one\r\ntwo\x08\x7f\tthree") == "one␍\ntwo␈␡\tthree"
-    assert plain("\x9b2J \u202eabc\u202c \udcff") == "\\x9b2J \\u202eabc\\u202c \\udcff"
-    assert plain("Ōtsu — 静か <answer> שלום 🏁") == "Ōtsu — 静か <answer> שלום 🏁"
+    assert printable("\x1b[31mred\x1b[0m") == "␛[31mred␛[0m"
+    assert printable("one\r\ntwo\x08\x7f\tthree") == "one␍\ntwo␈␡\tthree"
+    assert printable("\x9b2J \u202eabc\u202c \udcff") == "\\x9b2J \\u202eabc\\u202c \\udcff"
+    assert printable("Ōtsu — 静か <answer> שלום 🏁") == "Ōtsu — 静か <answer> שלום 🏁"
