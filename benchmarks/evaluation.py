@@ -19,8 +19,8 @@ from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.evaluation.into import ROWS, answer_all, policy_of
 from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
-from searchr1_lite.retrieval.cache import remembered
-from searchr1_lite.retrieval.load import load_retriever
+from searchr1_lite.retrieval.batching import cached
+from searchr1_lite.retrieval.index import load_retriever
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.tasks.questions import held_out
 
@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     retriever = load_retriever(profile)
 
     def bare() -> list[str]:
-        answers = rollout(policy, questions, remembered(retriever), profile, greedy=True, seed=profile.seed)
+        answers = rollout(policy, questions, cached(retriever), profile, greedy=True, seed=profile.seed)
         return [one.policy_text for one in answers]
 
     def command() -> list[str]:

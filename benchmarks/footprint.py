@@ -97,8 +97,8 @@ def encoder_of(folder: Path, queries: dict[str, np.ndarray]) -> Known:
 
 def open_retriever(folders: Sequence[Path], queries: dict[str, np.ndarray]) -> Retriever:
     """The index of one folder; of several, their hybrid."""
-    from searchr1_lite.retrieval.build import open_index
-    from searchr1_lite.retrieval.hybrid import Hybrid
+    from searchr1_lite.retrieval.index import open_index
+    from searchr1_lite.retrieval.rerank import Hybrid
 
     opened = [open_index(folder, encoder_of(folder, queries)) for folder in folders]
     return opened[0] if len(opened) == 1 else Hybrid(opened)

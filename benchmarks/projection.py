@@ -13,7 +13,7 @@ from typing import Any
 
 from footprint import BATCH
 
-from searchr1_lite.retrieval.build import SHARD
+from searchr1_lite.retrieval.index import SHARD
 from searchr1_lite.retrieval.dense import NPROBE, disk_bytes, factory_of
 
 PASSAGES, DIMENSION = 21_015_324, 768  # wiki-18, e5-base-v2

@@ -36,7 +36,7 @@ from workload import SHAPE, make_policy
 from searchr1_lite.config import ROOT, Profile, load_profile
 from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
-from searchr1_lite.retrieval.load import load_retriever
+from searchr1_lite.retrieval.index import load_retriever
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy, load_policy, model_to_train, with_adapter
 from searchr1_lite.rollout.trajectory import Trajectory

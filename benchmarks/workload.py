@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Logits
 
 from searchr1_lite.config import Profile, load_profile, resolve_path
 from searchr1_lite.retrieval.corpus import load_corpus
-from searchr1_lite.retrieval.load import load_retriever
+from searchr1_lite.retrieval.index import load_retriever
 from searchr1_lite.rollout.decoding import LocalWriter
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy

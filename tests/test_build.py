@@ -19,11 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_lite.retrieval import build, dense
-from searchr1_lite.retrieval.build import BuildError, CorpusFile, build_index, open_index
+from searchr1_lite.retrieval.index import BuildError, CorpusFile, build_index, open_index
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum
 from searchr1_lite.retrieval.dense import DenseRetriever
 from searchr1_lite.retrieval.encoders import EncoderError
-from searchr1_lite.retrieval.manifest import IndexMismatchError
+from searchr1_lite.retrieval.index import IndexMismatchError
 from searchr1_lite.types import Passage, Retriever
 
 KINDS = ["flat", "hnsw", "ivf-sq8", "ivf-pq", "faiss:IVF20,PQ8x4fs", "faiss:PCA16,IVF20,SQ8", "faiss:SQ8", "bm25"]
@@ -87,7 +87,7 @@ KILLED = """
 import sys, time
 from pathlib import Path
 from hash_encoder import hash_encoder, made_passages
-from searchr1_lite.retrieval.build import build_index
+from searchr1_lite.retrieval.index import build_index
 kind, folder, slow = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
 print("ready", flush=True)
 build_index(made_passages(1200), folder, kind, None if kind == "bm25" else hash_encoder(), 200,

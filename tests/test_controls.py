@@ -7,7 +7,7 @@ from conftest import OverlapRetriever
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_lite.retrieval.cache import Cached
+from searchr1_lite.retrieval.batching import Cached
 from searchr1_lite.retrieval.controls import Delayed, Empty, Noisy, Oracle, Random, noise_share
 from searchr1_lite.types import Passage, Question
 

@@ -14,11 +14,11 @@ from tiny_e5 import make_tiny_e5, mean_pooled
 
 from searchr1_lite.config import load_profile
 from searchr1_lite.retrieval import dense, encoders
-from searchr1_lite.retrieval.build import build_index, open_index
+from searchr1_lite.retrieval.index import build_index, open_index
 from searchr1_lite.retrieval.corpus import CorpusError
 from searchr1_lite.retrieval.dense import DenseRetriever, blas_from_four_queries, factory_of
 from searchr1_lite.retrieval.encoders import Encoder, EncoderError, load_encoder
-from searchr1_lite.retrieval.load import load_retriever
+from searchr1_lite.retrieval.index import load_retriever
 from searchr1_lite.types import Hit, Passage
 
 

@@ -8,13 +8,13 @@ from conftest import OverlapRetriever
 
 from searchr1_lite.config import ConfigError, load_profile
 from searchr1_lite.retrieval import load
-from searchr1_lite.retrieval.build import build_index
+from searchr1_lite.retrieval.index import build_index
 from searchr1_lite.retrieval.controls import Empty, Oracle, Random
-from searchr1_lite.retrieval.hybrid import Hybrid
-from searchr1_lite.retrieval.load import load_retriever
-from searchr1_lite.retrieval.manifest import IndexMismatchError
+from searchr1_lite.retrieval.rerank import Hybrid
+from searchr1_lite.retrieval.index import load_retriever
+from searchr1_lite.retrieval.index import IndexMismatchError
 from searchr1_lite.retrieval.remote import RemoteRetriever
-from searchr1_lite.retrieval.sparse import BM25Retriever
+from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.types import Passage
 
 PASSAGES = [Passage(str(n), f"T{n}", f"word{n} shared") for n in range(20)]

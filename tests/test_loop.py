@@ -571,7 +571,7 @@ def test_a_step_counts_searches_that_failed_and_those_answered_from_memory(polic
 
     monkeypatch.setattr(steps, "rollout", scripted)
     profile = tiny()
-    rollouts = Rollouts(profile, policy, QUESTIONS[:2], loop.remembered(Drops()), [], tmp_path)
+    rollouts = Rollouts(profile, policy, QUESTIONS[:2], loop.cached(Drops()), [], tmp_path)
     loop.fit(model_to_train(policy, profile), policy, rollouts, Recorder(profile, tmp_path, str), None, 0)
     assert asked == ["found 0", "lost", "found 1"]
     row = json.loads((tmp_path / "metrics.jsonl").read_text())
@@ -604,7 +604,7 @@ def test_noise_in_training_follows_its_curriculum(policy, tmp_path, monkeypatch,
     monkeypatch.setattr(steps, "rollout", lambda p, q, retriever, *_, **__: used.append(retriever) or [])
     monkeypatch.setattr(steps, "load_corpus", lambda source: retriever.passages)
     for noise in ({}, {"noise_start": 0.1, "noise_end": 0.7, "steps": 100}):
-        rollouts = Rollouts(tiny(**noise), policy, QUESTIONS * 50, loop.remembered(retriever), [], tmp_path)
+        rollouts = Rollouts(tiny(**noise), policy, QUESTIONS * 50, loop.cached(retriever), [], tmp_path)
         for step in (0, 50):
             rollouts(step, policy.model)
     assert [type(one).__name__ for one in used] == ["Cached", "Cached", "Noisy", "Noisy"]

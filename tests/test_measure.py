@@ -23,7 +23,7 @@ from searchr1_lite.retrieval.measure import (
     read_judged,
     recall_per_question,
 )
-from searchr1_lite.retrieval.sparse import BM25Retriever
+from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.tasks.questions import QuestionError, read_questions
 from searchr1_lite.types import Hit, Passage, Question
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_lite.retrieval.passages import Passages, write_passages
+from searchr1_lite.retrieval.index import Passages, write_passages
 from searchr1_lite.types import Passage
 
 text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)

@@ -383,7 +383,7 @@ def test_what_stops_the_command_is_one_line(monkeypatch, capsys):
 
 
 def test_the_command_serves_indexes_fused(tmp_path):
-    from searchr1_lite.retrieval.build import build_index
+    from searchr1_lite.retrieval.index import build_index
 
     for name, passages in (("one", PASSAGES), ("two", PASSAGES)):
         build_index(passages, tmp_path / name, "bm25")

@@ -39,13 +39,13 @@ def test_developers_have_the_extras():
     assert OPTIONAL == "searchr1_lite[service,documents]"
 
 
-@pytest.mark.parametrize("module", ["training.loop", "retrieval.load"])
+@pytest.mark.parametrize("module", ["training.loop", "retrieval.index"])
 def test_extras_are_imported_by_nothing_else(module):
     """A run without a service needs neither FastAPI nor an HTTP client of ours, and BM25 no FAISS."""
     code = f"import sys, searchr1_lite.{module}; print(*sorted(set(sys.modules) & set(sys.argv[1:])))"
     optional = ["fastapi", "uvicorn", "prometheus_client", "semchunk", "trafilatura"]
     optional += [f"searchr1_lite.retrieval.{name}" for name in ("server", "remote", "online", "documents", "rerank")]
-    optional += ["faiss"] if module == "retrieval.load" else []
+    optional += ["faiss"] if module == "retrieval.index" else []
     found = subprocess.run([sys.executable, "-c", code, *optional], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
 

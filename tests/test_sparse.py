@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from searchr1_lite.retrieval import sparse
 from searchr1_lite.retrieval.corpus import CorpusError
-from searchr1_lite.retrieval.sparse import BM25Retriever, best_first, tokenize, write_bm25
+from searchr1_lite.retrieval.bm25 import BM25Retriever, best_first, tokenize, write_bm25
 from searchr1_lite.types import Hit, Passage
 
 PASSAGES = [

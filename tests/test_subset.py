@@ -17,7 +17,7 @@ from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.retrieval import encoders, load, subset
 from searchr1_lite.retrieval.corpus import join_contents, load_corpus
 from searchr1_lite.retrieval.encoders import Encoder, EncoderError
-from searchr1_lite.retrieval.load import load_retriever
+from searchr1_lite.retrieval.index import load_retriever
 from searchr1_lite.retrieval.subset import AnswerSearch, sample_rest, things_needed, word_weights, words_of
 from searchr1_lite.tasks.questions import load_questions, read_questions
 from searchr1_lite.types import Passage, Question

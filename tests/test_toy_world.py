@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_lite.config import ROOT
-from searchr1_lite.retrieval.sparse import BM25Retriever
+from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.tasks.toy_world import MIX, TELLINGS, ToyWorld, write_world
 
 worlds = st.builds(ToyWorld, st.integers(0, 10_000), st.integers(5, 60), st.sampled_from(["world", "pretraining"]))

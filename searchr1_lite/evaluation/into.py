@@ -41,8 +41,8 @@ from searchr1_lite.evaluation.evaluate import (
 )
 from searchr1_lite.evaluation.metrics import macro_average
 from searchr1_lite.files import append_rows, read_rows, write_json
-from searchr1_lite.retrieval.cache import remembered
-from searchr1_lite.retrieval.load import load_retriever
+from searchr1_lite.retrieval.batching import cached
+from searchr1_lite.retrieval.index import load_retriever
 from searchr1_lite.rollout.policy import Policy, PolicyError, environment, load_policy, with_adapter
 from searchr1_lite.runfolder import RunFolderError, check_same_run, fingerprint, is_finished, read_json
 from searchr1_lite.tasks.questions import held_out
@@ -94,7 +94,7 @@ def answer_all(out: Path, policy: Policy, questions: list[Question], profile: Pr
     said = began
     total, extra = len(questions) * len(decodings), {"phase": "evaluation", "strategy": profile.strategy}
     for number, name in enumerate(decodings):
-        retriever = remembered(inner)  # anew, so that what one decoding asked does not spare the next its calls
+        retriever = cached(inner)  # anew, so that what one decoding asked does not spare the next its calls
         written, called = time.monotonic(), 0
 
         def keep(trajectory: Answered, name: str = name, retriever: Retriever = retriever) -> None:

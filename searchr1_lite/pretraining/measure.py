@@ -17,7 +17,7 @@ from searchr1_lite.evaluation.evaluate import closed_book, evaluate
 from searchr1_lite.files import write_json
 from searchr1_lite.pretraining.pretrain import encode_segments
 from searchr1_lite.pretraining.transcripts import Writer
-from searchr1_lite.retrieval.sparse import BM25Retriever
+from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.rollout.policy import Policy, environment, load_policy
 from searchr1_lite.rollout.protocol import encode_prompt
 from searchr1_lite.tasks.answers import exact_match

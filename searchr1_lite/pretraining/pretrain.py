@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from searchr1_lite.pretraining.tokenizer import train_tokenizer
 from searchr1_lite.pretraining.transcripts import HABITS, PRACTICE_HABITS, Segment, Writer, state
-from searchr1_lite.retrieval.sparse import BM25Retriever
+from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.rollout.protocol import encode_prompt
 from searchr1_lite.tasks.toy_world import ToyWorld
 

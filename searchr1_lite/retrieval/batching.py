@@ -1,7 +1,8 @@
 """Many ask, one searches: queries that come during a call of the retriever go together into the next one.
 
 The rollout's rows and the service's clients both ask through this. A retriever is so never called by two threads at
-once, and the slower it is, the larger its batches. Caching is not done here (cache.py).
+once, and the slower it is, the larger its batches. `cached` answers repeated queries
+from memory: rows of a group often ask the same, and so do later steps.
 """
 
 from collections import deque
@@ -104,3 +105,33 @@ def _search(retriever: Retriever, batch: Sequence[_Asked]) -> list[list[Hit]]:
         if len(hits) > k:
             raise RetrievalError(f"the retriever returned {len(hits)} hits for {query!r} where {k} were asked for")
     return found
+
+
+def cached(retriever: Retriever) -> Retriever:
+    """The retriever with its answers kept; an oracle, whose answers depend on the question too, as it is."""
+    return retriever if hasattr(retriever, "search_for") else Cached(retriever)
+
+
+class Cached:
+    """The same hits as `retriever`, which is asked each query once while its answer is kept (at most `most` of them,
+    the oldest going first).
+
+    `asked` and `hits` count queries since the start; a query that stands twice in one call is asked once. Not for a
+    retriever whose answer depends on more than the query (an oracle), nor for one that changes.
+    """
+
+    def __init__(self, retriever: Retriever, most: int = 20_000) -> None:
+        self.retriever, self.most = retriever, most
+        self.asked = self.hits = 0
+        self.kept: dict[tuple[str, int], list[Hit]] = {}
+
+    def search(self, queries: list[str], k: int) -> list[list[Hit]]:
+        new = [query for query in dict.fromkeys(queries) if (query, k) not in self.kept]
+        found = {query: self.kept.get((query, k)) for query in queries}
+        if new:
+            found |= dict(zip(new, self.retriever.search(new, k), strict=True))
+        self.asked, self.hits = self.asked + len(queries), self.hits + len(queries) - len(new)
+        self.kept |= {(query, k): found[query] for query in new}
+        for oldest in list(self.kept)[: max(0, len(self.kept) - self.most)]:
+            del self.kept[oldest]
+        return [list(found[query]) for query in queries]

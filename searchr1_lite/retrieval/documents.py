@@ -1,6 +1,6 @@
 """Your own documents as a corpus: text, Markdown, HTML and JSONL, cut into passages of about 100 words as wiki-18 has.
 
-`python -m searchr1_lite.retrieval.documents notes/ page.html --out corpus.jsonl` writes rows `{"id", "contents"}`,
+`searchr1 index documents notes/ page.html --out corpus.jsonl` writes rows `{"id", "contents"}`,
 which `corpus.read_corpus` reads and the original's tools too. Ids are the file's path below the folder that all files
 share, and a number: "notes/rome.md#3". Titles are the page's, the first heading, the row's, or else the file's name.
 No word is lost but what trafilatura takes for a page's menus, and its comments. Markdown keeps its marks. Left out:

@@ -1,8 +1,8 @@
 """Is what a question needs found by one search with its words? Recall of supporting passages, and nDCG.
 
-`python -m searchr1_lite.retrieval.measure --corpus C --questions Q --out FILE` measures BM25 and a dense encoder and
-records the figures; `--qrels T` takes the supporting passages from a table of judgements, in BEIR's form. Graded
-judgements are left out: a passage is needed or it is not.
+`searchr1 index measure CORPUS QUESTIONS --out FILE` measures BM25 and a dense encoder and records the figures; `--qrels`
+takes the supporting passages from a table of judgements, in BEIR's form. Graded judgements are left out: a passage is
+needed or it is not.
 """
 
 import csv
@@ -11,8 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-from searchr1_lite.files import read_rows, text_field
-from searchr1_lite.tasks.questions import QuestionError, supporting_ids
+from searchr1_lite.config import load_profile
+from searchr1_lite.files import read_rows, text_field, write_json
+from searchr1_lite.provenance import provenance
+from searchr1_lite.retrieval.bm25 import SETTINGS
+from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus
+from searchr1_lite.retrieval.index import load_retriever
+from searchr1_lite.tasks.questions import QuestionError, read_questions, supporting_ids
 from searchr1_lite.types import Passage, Question, Retriever
 
 KS = (1, 3, 5, 10)
@@ -47,7 +52,7 @@ def recall(found: list[str], needed: list[str], k: int) -> float:
 def search_ids(retriever: Retriever, questions: list[Question], k: int) -> list[list[str]]:
     """Ids of the first `k` passages for each question's own words; raises ValueError if there are no questions."""
     if not questions:
-        raise ValueError("no questions to measure retrieval on")
+        raise QuestionError("no questions to measure retrieval on")
     rows = retriever.search([question.question for question in questions], k)
     return [[hit.passage.id for hit in row] for row in rows]
 
@@ -78,7 +83,7 @@ def check_supporting(questions: list[Question], passages: list[Passage]) -> None
     for question in questions:
         missing = [key for key in supporting_ids(question) if key not in there]
         if missing:
-            raise ValueError(f"question {question.id!r} needs passages that the corpus lacks: {', '.join(missing)}")
+            raise QuestionError(f"question {question.id!r} needs passages that the corpus lacks: {', '.join(missing)}")
 
 
 def measure(name: str, retriever: Retriever, questions: list[Question], ks: Sequence[int] = KS) -> dict:
@@ -90,3 +95,22 @@ def measure(name: str, retriever: Retriever, questions: list[Question], ks: Sequ
     figures = {key: round(value, 4) for key, value in figures.items()}
     print(name, figures)
     return {"retriever": name, **figures}
+
+
+def measure_corpus(corpus: Path, questions: Path, out: Path, qrels: Path | None, ks: list[int], encoder: str) -> None:
+    """Measure BM25 and exact search by vectors, and write the figures to `out`, a JSON file."""
+    if not ks or min(ks) < 1:
+        raise QuestionError(f"ks must be whole numbers from 1 on, got {ks}")
+    passages = load_corpus(str(corpus))
+    asked = read_judged(questions, qrels) if qrels else read_questions(questions)
+    check_supporting(asked, passages)
+    record = provenance(LIBRARIES) | {
+        "corpus": {"passages": len(passages), "checksum": corpus_checksum(passages)},
+        "questions": len(asked),
+        "bm25": SETTINGS,
+        "results": [],
+    }
+    for kind, name in (("bm25", "bm25"), ("flat", f"flat, {encoder}")):
+        retriever = load_retriever(load_profile("tiny", retriever=kind, encoder=encoder), passages)
+        record["results"].append(measure(name, retriever, asked, ks))
+        write_json(out, record)  # after each, since encoding takes long

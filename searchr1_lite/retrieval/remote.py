@@ -1,6 +1,6 @@
 """A retriever that is elsewhere: asks our server, the original's, or any that speaks the same API.
 
-What is left out: keeping answers (cache.py), and servers of other APIs (online.py). Optional, as the server is.
+What is left out: keeping answers (batching.py), and servers of other APIs (online.py). Optional, as the server is.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
 
+from searchr1_lite.errors import UserError
 from searchr1_lite.retrieval.corpus import split_contents
 from searchr1_lite.types import Hit, Passage, QueryRefusedError, RetrievalError
 
@@ -41,9 +42,12 @@ class RemoteRetriever:
     """
 
     def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, deadline: float = 300.0) -> None:
-        self.url = httpx.URL(url)
+        try:
+            self.url = httpx.URL(url)
+        except httpx.InvalidURL as error:
+            raise UserError(f"{url!r} is no address: {error}") from None
         if self.url.scheme not in ("http", "https") or not self.url.host:
-            raise ValueError(f"{url!r} is no address of a server; it begins with http:// or https:// and a host")
+            raise UserError(f"{url!r} is no address of a server; it begins with http:// or https:// and a host")
         path = self.url.path.rstrip("/")
         self.url = self.url.copy_with(path=path if path.endswith("/retrieve") else f"{path}/retrieve")
         self.timeout, self.deadline = timeout, deadline

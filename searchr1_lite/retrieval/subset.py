@@ -1,14 +1,12 @@
 """A corpus that fits a laptop, cut out of a big one: the passages that a question set needs, and distractors.
 
-`python -m searchr1_lite.retrieval.subset --corpus C --questions Q --out FOLDER` streams the corpus three or four times
-and never holds it in memory. A question needs the passages that its metadata names by id, and all those of the articles
+`searchr1 index subset CORPUS QUESTIONS --out FOLDER` streams the corpus three or four times and never holds it in memory. A question needs the passages that its metadata names by id, and all those of the articles
 that it names by title. For one that names none (NQ, TriviaQA, PopQA, Bamboogle) the passages stand in that hold a
 golden answer and share most with the question. That is a guess, and a first hop that does not hold the answer is not
 looked for; `subset.json` says what was found for each question, and for which nothing was. The questions stand beside
 the corpus, with their splits, so that a run asks those that its corpus was made for.
 """
 
-import argparse
 import gzip
 import heapq
 import html
@@ -19,7 +17,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -30,11 +28,10 @@ from tqdm import tqdm
 from searchr1_lite.config import load_profile, resolve_path
 from searchr1_lite.files import append_rows, read_rows, write_json
 from searchr1_lite.provenance import provenance
-from searchr1_lite.retrieval.build import build_index
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, load_corpus, passage_of
 from searchr1_lite.retrieval.dense import check_agreement, stored_vectors
-from searchr1_lite.retrieval.encoders import Encoder, load_encoder
-from searchr1_lite.retrieval.load import default_folder, load_retriever
+from searchr1_lite.retrieval.encoders import load_encoder
+from searchr1_lite.retrieval.index import build_index, default_folder, load_retriever
 from searchr1_lite.tasks.questions import QuestionError, load_questions, read_questions
 from searchr1_lite.types import Passage, Question
 
@@ -176,25 +173,6 @@ def write_rows(corpus: Path, total: int, chosen: set[int], out: Path) -> list[Pa
     return passages
 
 
-@dataclass(frozen=True)
-class StoredVectors(Encoder):
-    """An encoder whose vectors of some passages are there already, by passage id."""
-
-    vectors: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def encode_passages(self, passages: list[Passage]) -> np.ndarray:
-        return np.stack([self.vectors[passage.id] for passage in passages])
-
-
-def cut_vectors(stored: np.ndarray, rows: list[int], passages: list[Passage], encoder: Encoder) -> StoredVectors:
-    """`encoder` with the stored vectors of these `rows`; raises CorpusError if it gives the passages others."""
-    vectors = stored[rows]
-    check_agreement(vectors, passages, encoder.encode_passages)
-    by_id = {passage.id: vector for passage, vector in zip(passages, vectors, strict=True)}
-    its = (encoder.name, encoder.weights_sha256, encoder.model, encoder.query_prefix, encoder.passage_prefix)
-    return StoredVectors(*its, by_id)
-
-
 def chosen_questions(source: str, splits: str | None, limit: int | None, seed: int) -> list[Question]:
     """`limit` questions, drawn, of each split ("train+test"); without splits of a whole file or of "test"."""
     if splits is None and resolve_path(source).is_file():
@@ -222,27 +200,44 @@ def write_questions(questions: list[Question], out: Path) -> None:
     os.replace(fresh, out)
 
 
-def make_subset(args: argparse.Namespace, questions: list[Question]) -> dict[str, Any]:
-    """Write corpus, questions, index (where `load_retriever` looks for it) and `subset.json`, which is returned."""
-    encoder = load_encoder(args.encoder) if args.index else None  # if it is not here, say so before the long work
-    total = sum(1 for _ in stream(args.corpus, "counting"))
-    index = stored_vectors(args.index, total) if args.index else None
-    needs = find_needed(args.corpus, total, questions, args.per_question)
-    needed = {row for its in needs for found in its.values() for row in found}
-    rows = sorted(needed.union(sample_rest(total, needed, args.distractors, args.seed)))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "subset.json").unlink(missing_ok=True)  # it is written last, and tells that the rest is whole
-    passages = write_rows(args.corpus, total, set(rows), args.out / "corpus.jsonl.gz")
-    write_questions(questions, args.out / "questions.jsonl.gz")
-    profile = load_profile("tiny", retriever="flat" if args.encoder else "bm25", encoder=args.encoder)
-    folder = default_folder(profile, passages)
-    if index is not None and not folder.exists():
-        build_index(passages, folder, "flat", cut_vectors(index, rows, passages, encoder))
-    load_retriever(profile, passages)
+def cut(
+    corpus: Path,
+    questions: str,
+    out: Path,
+    split: str | None,
+    limit: int | None,
+    per_question: int,
+    distractors: int,
+    seed: int,
+    index: Path | None,
+    encoder: str | None,
+) -> None:
+    """`searchr1 index subset`: write corpus, questions, index (where `load_retriever` looks for it), `subset.json`."""
+    chosen = chosen_questions(questions, split, limit, seed)
+    encoder = encoder or (E5 if index else None)
+    model = load_encoder(encoder) if index else None  # if it is not here, say so before the long work
+    total = sum(1 for _ in stream(corpus, "counting"))
+    stored = stored_vectors(index, total) if index else None
+    needs = find_needed(corpus, total, chosen, per_question)
+    needed = {row for things in needs for rows in things.values() for row in rows}
+    rows = sorted(needed.union(sample_rest(total, needed, distractors, seed)))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "subset.json").unlink(missing_ok=True)  # it is written last, and tells that the rest is whole
+    passages = write_rows(corpus, total, set(rows), out / "corpus.jsonl.gz")
+    write_questions(chosen, out / "questions.jsonl.gz")
+    kind = "flat" if encoder else "bm25"
+    folder = default_folder(kind, encoder or "", passages)
+    if stored is not None and not folder.exists():
+        check_agreement(stored[rows], passages, model.encode_passages)
+        vectors = out / "vectors.npy"
+        np.save(vectors, stored[rows])
+        build_index(passages, folder, "flat", model, vectors=vectors)
+        vectors.unlink()
+    load_retriever(load_profile("tiny", retriever=kind, encoder=encoder), passages)
     ids = {row: passage.id for row, passage in zip(rows, passages, strict=True)}
-    found = {
-        q.id: {thing: [ids[row] for row in its[thing]] for thing in its}
-        for q, its in zip(questions, needs, strict=True)
+    of_questions = {
+        question.id: {thing: [ids[row] for row in things[thing]] for thing in things}
+        for question, things in zip(chosen, needs, strict=True)
     }
     record = provenance(["faiss-cpu", "bm25s"]) | {
         "checksum": corpus_checksum(passages),
@@ -250,11 +245,14 @@ def make_subset(args: argparse.Namespace, questions: list[Question]) -> dict[str
         "passages": len(rows),
         "needed": len(needed),
         "distractors": len(rows) - len(needed),
-        "questions": len(questions),
-        "met_by_answers": sum("answers" in its for its in needs),
-        "partly_met": [key for key, its in found.items() if any(its.values()) and not all(its.values())],
-        "nothing_found": [key for key, its in found.items() if not any(its.values())],
-        "needs": found,
+        "questions": len(chosen),
+        "met_by_answers": sum("answers" in things for things in needs),
+        "partly_met": [
+            key for key, things in of_questions.items() if any(things.values()) and not all(things.values())
+        ],
+        "nothing_found": [key for key, things in of_questions.items() if not any(things.values())],
+        "needs": of_questions,
     }
-    write_json(args.out / "subset.json", record)
-    return record
+    write_json(out / "subset.json", record)
+    for key in ("passages", "needed", "distractors", "questions", "met_by_answers", "partly_met", "nothing_found"):
+        print(f"{key}: {len(record[key]) if isinstance(record[key], list) else record[key]:,}")

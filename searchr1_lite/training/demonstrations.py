@@ -21,7 +21,7 @@ from accelerate.utils import gather_object
 from searchr1_lite.config import ConfigError, Profile
 from searchr1_lite.evaluation.evaluate import progress_line
 from searchr1_lite.files import read_rows, write_whole
-from searchr1_lite.retrieval.cache import remembered
+from searchr1_lite.retrieval.batching import cached
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import encode_prompt
@@ -105,7 +105,7 @@ def right_answers(
     if missing:
         size = profile.save_every * profile.questions_per_step
         parts = [run_folder / f"checkpoints/right-{first}.jsonl.gz" for first in range(0, len(questions), size)]
-        searched, began, here = remembered(retriever), time.monotonic(), 0
+        searched, began, here = cached(retriever), time.monotonic(), 0
         writer = VLLMWriter(policy, profile) if profile.sampler == "vllm" else None
         for number, part in enumerate(parts):
             asked = questions[number * size :][:size]

@@ -25,8 +25,8 @@ from searchr1_lite.config import REINFORCED, Profile, save_config
 from searchr1_lite.files import write_json
 from searchr1_lite.memory import check_memory
 from searchr1_lite.preflight import check_processes, check_settings, memory_for
-from searchr1_lite.retrieval.cache import remembered
-from searchr1_lite.retrieval.load import load_retriever
+from searchr1_lite.retrieval.batching import cached
+from searchr1_lite.retrieval.index import load_retriever
 from searchr1_lite.rollout.policy import (
     Policy,
     autocast,
@@ -107,7 +107,7 @@ def train(
         progress(f"{run_folder.name}: going on after step {done}")
     with memory_for("rollout", profile, "rollout_rows", "max_context_tokens"):
         demonstrations = make_demonstrations(policy, questions, order, retriever, profile, run_folder, progress)
-    rollouts = Rollouts(profile, policy, order, remembered(retriever), demonstrations, run_folder)
+    rollouts = Rollouts(profile, policy, order, cached(retriever), demonstrations, run_folder)
     recorder = Recorder(profile, run_folder, progress, policy.tokenizer)
     model = model_to_train(policy, profile)
     try:

@@ -4,14 +4,17 @@ those of ReSearch, R1-Searcher and AutoRefine.
 Rewards read the response only. The original scores prompt and response together and therefore needs two `<answer>`
 spans, the first being the prompt's example (Search-R1 verl/utils/reward_score/qa_em.py, extract_solution);
 `read_with_prompt` makes of the two what the original reads. What the three others pay is theirs; tags, prompt and what
-counts as right format stay Search-R1's, so that rewards alone differ between runs. No learned rewards.
+counts as right format stay Search-R1's, so that rewards alone differ between runs. A reward of yours is a function of a
+trajectory, by name (`reward=my_module:my_reward`). No learned rewards.
 """
 
 import re
 from collections.abc import Sequence
+from math import isfinite
 from statistics import fmean
 
 from searchr1_lite.config import Profile
+from searchr1_lite.plugins import PluginError, is_plugin, load_plugin
 from searchr1_lite.rollout.protocol import render_prompt
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.tasks.answers import ANSWER, exact_match, f1, last_answer, stands_in, substring_match
@@ -93,6 +96,8 @@ def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = Fa
     read as it stands, prompt, passages and all, as the original does. `progress`, the share of training that is done
     (0 to 1), matters to R1-Searcher's stages only.
     """
+    if is_plugin(kind):
+        return plugin_reward(kind, trajectory)
     golden = trajectory.question.golden_answers
     prompt = render_prompt(trajectory.question.question) if reads_prompt else None
     quoted = "".join(turn.text + _quoted(turn.observation) for turn in trajectory.turns)
@@ -107,6 +112,17 @@ def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = Fa
     if kind == "autorefine":
         return autorefine_reward(f1(read, golden), trajectory)
     return {"exact_match": exact_match, "f1": f1, "substring_match": substring_match}[kind](read, golden)
+
+
+def plugin_reward(name: str, trajectory: Trajectory) -> float:
+    """What a function of yours gives a trajectory, whose `question` has the golden answers; raises PluginError."""
+    function = load_plugin(name)
+    if not callable(function):
+        raise PluginError(f"{name}: it is no function of a trajectory")
+    reward = function(trajectory)
+    if not isinstance(reward, int | float) or not isfinite(reward):
+        raise PluginError(f"{name}: a reward is a number, got {reward!r}")
+    return float(reward)
 
 
 def _quoted(observation: str) -> str:
