@@ -1,6 +1,6 @@
 """Does our e5 rank passages as Search-R1's does? Its recorded top three for each query, against ours.
 
-`python -m searchr1_lite.retrieval.parity --corpus C --recorded R --out FILE`, where R holds lines of
+`python benchmarks/parity.py --corpus C --recorded R --out FILE`, where R holds lines of
 `{"query", "top3", "run"}`, top3 being passage ids, best first. Without the encoder on this machine it says so, writes
 nothing and counts as skipped; nothing is downloaded.
 
@@ -11,14 +11,20 @@ vectors so; here everything is float32, so passages of nearly equal score may ch
 an approximate index (HNSW); here the search is exact, and so were the recorded runs whose name starts with EXACT.
 """
 
+import argparse
+import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
 from searchr1_lite.config import resolve_path
-from searchr1_lite.files import read_rows, text_field
-from searchr1_lite.retrieval.dense import DenseRetriever
+from searchr1_lite.files import read_rows, text_field, write_json
+from searchr1_lite.provenance import provenance
+from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus
+from searchr1_lite.retrieval.dense import LIBRARIES, DenseRetriever
+from searchr1_lite.retrieval.encoders import load_encoder
 
 EXACT = "v1"
 TIE = 1e-3  # half precision keeps about three digits of a score near 1
@@ -69,3 +75,40 @@ def verdict(recorded: list[str], found: list[str], gap: float) -> str:
     if gap < TIE:
         return "tie"
     return "other order" if set(recorded) == set(found) else "other passages"
+
+
+def main() -> None:
+    """Exits with 0 if every ranking from an exact index is equal or a tie, or the encoder is missing; else with 1."""
+    parser = argparse.ArgumentParser(description="Compare e5's ranking with Search-R1's recorded one.")
+    parser.add_argument("--corpus", required=True, help=".jsonl(.gz) of passages")
+    parser.add_argument("--recorded", required=True, help=".jsonl(.gz) of queries with the ids of their first three")
+    parser.add_argument("--encoder", default="intfloat/e5-base-v2", help="hub name or folder, 'e5' in its name")
+    parser.add_argument("--out", required=True, help="the JSON file to write")
+    args = parser.parse_args()
+    if missing := why_missing(args.encoder):
+        print(f"skipped: {missing}")
+        return
+    try:
+        passages = load_corpus(args.corpus)
+        recorded = read_recorded(args.recorded, {passage.id for passage in passages})
+        retriever = DenseRetriever.build(passages, load_encoder(args.encoder))
+        rows = compare(retriever, recorded)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    exact = [row for row in rows if row["run"].startswith(EXACT)]
+    record = provenance([*LIBRARIES, "transformers", "torch"]) | {
+        "encoder": retriever.encoder.identity(),
+        "corpus": {"passages": len(passages), "checksum": corpus_checksum(passages)},
+        "queries": {"all": len(rows), "exact index": len(exact)},
+        "all": Counter(row["verdict"] for row in rows),
+        "exact index": Counter(row["verdict"] for row in exact),
+        "not equal": [row for row in rows if row["verdict"] != "equal"],
+    }
+    write_json(Path(args.out), record)
+    for name, number in record["queries"].items():
+        print(f"{name}: {number:,} queries,", ", ".join(f"{n:,} {what}" for what, n in record[name].items()))
+    sys.exit(int(any(row["verdict"].startswith("other") for row in exact)))
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ KINDS = ("flat", "hnsw", "ivf-sq8", "ivf-pq")  # and "faiss:<factory string>"
 EF_CONSTRUCTION, EF_SEARCH = 100, 64  # recall@3 0.995 of flat's on 15,011 passages of HotpotQA with MiniLM's vectors
 NPROBE = 64  # lists looked into
 MAX_LISTS = 16_384
+BLOCK = 65_536  # vectors added to an index at once
 SAME = 0.95  # cosine of a passage with itself, encoded in fp16 and in fp32, is above; that of two passages is below
 
 
@@ -127,9 +128,21 @@ def make_index(kind: str, parts: Sequence[np.ndarray]) -> faiss.Index:
             except RuntimeError as error:
                 raise CorpusError(f"{len(sample)} passages are not enough for {factory}: {_reason(error)}") from None
     with _one_thread(isinstance(index, faiss.IndexHNSW)):
-        for part in parts:
-            index.add(np.ascontiguousarray(part))
+        for block in _blocks(parts):
+            index.add(block)
     return index
+
+
+def _blocks(parts: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
+    """All rows, BLOCK at a time however the parts are cut: what is added in one call matters to HNSW."""
+    rest = parts[0][:0]
+    for part in parts:
+        rows = np.concatenate([rest, part])
+        whole = len(rows) - len(rows) % BLOCK
+        yield from (rows[start : start + BLOCK] for start in range(0, whole, BLOCK))
+        rest = rows[whole:]
+    if len(rest):
+        yield rest
 
 
 def _sample(parts: Sequence[np.ndarray], number: int) -> np.ndarray:

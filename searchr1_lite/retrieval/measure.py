@@ -1,8 +1,8 @@
 """Is what a question needs found by one search with its words? Recall of supporting passages, and nDCG.
 
-`searchr1 index measure CORPUS QUESTIONS --out FILE` measures BM25 and a dense encoder and records the figures; `--qrels`
-takes the supporting passages from a table of judgements, in BEIR's form. Graded judgements are left out: a passage is
-needed or it is not.
+`searchr1 index measure CORPUS QUESTIONS --out FILE` measures BM25 and a dense encoder and records the figures;
+`--qrels` takes the supporting passages from a table of judgements, in BEIR's form. Graded judgements are left out: a
+passage is needed or it is not.
 """
 
 import csv

@@ -1,8 +1,8 @@
 """Search on the web, as an example of a search engine of your own: `retriever=searchr1_lite.retrieval.online:SerpAPI`.
 
 A class with `search(queries, k)` is all that a run needs. This one asks SerpAPI (https://serpapi.com), whose key is in
-the environment variable SERPAPI_API_KEY, as the original's search_r1/search/serp_search_server.py does; answer boxes and
-related questions, which that adds, fetching the pages themselves, and further pages of results are left out.
+the environment variable SERPAPI_API_KEY, as the original's search_r1/search/serp_search_server.py does. Answer boxes
+and related questions, which that adds, fetching the pages themselves, and further pages of results are left out.
 """
 
 import logging

@@ -1,10 +1,10 @@
 """The search service: an index behind the HTTP API of Search-R1, so that it, verl and SkyRL can ask it unchanged.
 
 `searchr1 serve FOLDER` starts it. `POST /retrieve {"queries": [...], "topk": 3, "return_scores": true}` is answered as
-by the original's search_r1/search/retrieval_server.py, and without scores too, where that crashes. What differs: a blank
-query finds nothing (the original encodes it and finds something); bad input is refused with a 4xx whose `detail` says
-why; queries of all clients are searched together (batching.py). `GET /health` says what is served, `GET /metrics` has
-counters for Prometheus. Left out: TLS, more than one process, and limits for each client, which a reverse proxy gives.
+by the original's search_r1/search/retrieval_server.py, and without scores too, where that crashes. What differs: a
+blank query finds nothing (the original encodes it and finds something); bad input is refused with a 4xx whose `detail`
+says why; queries of all clients are searched together (batching.py). `GET /health` says what is served, `GET /metrics`
+has counters for Prometheus. Left out: TLS, more than one process, and limits for each client, which a reverse proxy gives.
 Optional: `pip install "searchr1_lite[service]"`.
 """
 

@@ -1,10 +1,11 @@
 """A corpus that fits a laptop, cut out of a big one: the passages that a question set needs, and distractors.
 
-`searchr1 index subset CORPUS QUESTIONS --out FOLDER` streams the corpus three or four times and never holds it in memory. A question needs the passages that its metadata names by id, and all those of the articles
-that it names by title. For one that names none (NQ, TriviaQA, PopQA, Bamboogle) the passages stand in that hold a
-golden answer and share most with the question. That is a guess, and a first hop that does not hold the answer is not
-looked for; `subset.json` says what was found for each question, and for which nothing was. The questions stand beside
-the corpus, with their splits, so that a run asks those that its corpus was made for.
+`searchr1 index subset CORPUS QUESTIONS --out FOLDER` streams the corpus three or four times and never holds it in
+memory. A question needs the passages that its metadata names by id, and all those of the articles that it names by
+title. For one that names none (NQ, TriviaQA, PopQA, Bamboogle) the passages stand in that hold a golden answer and share
+most with the question. That is a guess, and a first hop that does not hold the answer is not looked for; `subset.json`
+says what was found for each question, and for which nothing was. The questions stand beside the corpus, with their
+splits, so that a run asks those that its corpus was made for.
 """
 
 import gzip
@@ -247,10 +248,8 @@ def cut(
         "distractors": len(rows) - len(needed),
         "questions": len(chosen),
         "met_by_answers": sum("answers" in things for things in needs),
-        "partly_met": [
-            key for key, things in of_questions.items() if any(things.values()) and not all(things.values())
-        ],
-        "nothing_found": [key for key, things in of_questions.items() if not any(things.values())],
+        "partly_met": [key for key, its in of_questions.items() if any(its.values()) and not all(its.values())],
+        "nothing_found": [key for key, its in of_questions.items() if not any(its.values())],
         "needs": of_questions,
     }
     write_json(out / "subset.json", record)

@@ -79,7 +79,7 @@ def print_plan(out: Path, parts: dict[str, list[Part]]) -> None:
     What counts is the moment that holds most: what is made so far, and one download beside what it becomes.
     """
     kept = most = 0
-    for target, part in ((target, part) for target in parts for part in parts[target]):
+    for target, part in [(target, part) for target, of_target in parts.items() for part in of_target]:
         print(f"{part.repo}/{part.name}: {_gb(part.size)} -> {target}, about {_gb(part.unpacked)}")
         most = max(most, kept + part.unpacked + part.size)
         kept += part.unpacked
