@@ -1,4 +1,4 @@
-"""retrieval/parity.py: recorded rankings made by hand with a tiny e5, planted differences, and the real ones."""
+"""benchmarks/parity.py: recorded rankings made by hand with a tiny e5, planted differences, and the real ones."""
 
 import gzip
 import json
@@ -12,8 +12,10 @@ import pytest
 from tiny_e5 import WORDS, make_tiny_e5, mean_pooled
 
 from searchr1_lite.config import ROOT
-from searchr1_lite.retrieval import parity
-from searchr1_lite.retrieval.parity import TIE, why_missing
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import parity
+from parity import TIE, why_missing
 
 WIKI = Path(ROOT).parent / "shared/data/wiki18"
 NOUNS = WORDS[4:]

@@ -47,8 +47,7 @@ class Passages(Sequence[Passage]):
     """The passages of an Arrow file, mapped into memory; it stands wherever a list of passages does."""
 
     def __init__(self, file: Path) -> None:
-        table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
-        self.table = table.combine_chunks() if table.num_rows < 10**6 else table  # one chunk is faster to look up in
+        self.table = pa.ipc.open_file(pa.memory_map(str(file))).read_all()
 
     def __len__(self) -> int:
         return self.table.num_rows

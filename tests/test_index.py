@@ -1,4 +1,4 @@
-"""retrieval/build.py, manifest.py: every kind against flat, kills, changed corpora, damaged files, full disks."""
+"""retrieval/index.py: every kind against flat, kills, other corpora, damaged files, full disks; names of retrievers."""
 
 import json
 import os
@@ -8,35 +8,50 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import faiss
 import numpy as np
+import pyarrow as pa
 import pytest
 from hash_encoder import QUERIES, hash_encoder, made_passages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_lite.retrieval import build, dense
-from searchr1_lite.retrieval.index import BuildError, CorpusFile, build_index, open_index
+from searchr1_lite.cli import main
+from searchr1_lite.config import ConfigError, load_profile
+from searchr1_lite.errors import UserError
+from searchr1_lite.retrieval import dense, index
+from searchr1_lite.retrieval.bm25 import BM25Retriever
+from searchr1_lite.retrieval.controls import Empty, Oracle, Random
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum
 from searchr1_lite.retrieval.dense import DenseRetriever
 from searchr1_lite.retrieval.encoders import EncoderError
-from searchr1_lite.retrieval.index import IndexMismatchError
+from searchr1_lite.retrieval.index import (
+    IndexMismatchError,
+    Passages,
+    build_index,
+    load_retriever,
+    open_index,
+    write_passages,
+)
+from searchr1_lite.retrieval.remote import RemoteRetriever
+from searchr1_lite.retrieval.rerank import Hybrid
 from searchr1_lite.types import Passage, Retriever
 
 KINDS = ["flat", "hnsw", "ivf-sq8", "ivf-pq", "faiss:IVF20,PQ8x4fs", "faiss:PCA16,IVF20,SQ8", "faiss:SQ8", "bm25"]
 NUMBER = 1200
-
-
-def quiet(_: str) -> None:
-    pass
+PASSAGES = [Passage(str(n), f"T{n}", f"word{n} shared") for n in range(20)]
+EXPECTED = BM25Retriever.build(PASSAGES)
+text = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
+passage = st.builds(Passage, text, text, text, st.booleans())
 
 
 def make(folder: Path, kind: str, passages=None, shard: int = 500, encoder=None) -> Path:
     encoder = None if kind == "bm25" else encoder or hash_encoder()
-    build_index(made_passages(NUMBER) if passages is None else passages, folder, kind, encoder, shard, quiet)
+    build_index(made_passages(NUMBER) if passages is None else passages, folder, kind, encoder, shard)
     return folder
 
 
@@ -48,13 +63,39 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.builds(Passage, text, text, text, st.booleans()), min_size=1, max_size=15, unique_by=lambda p: p.id),
+    st.data(),
+)
+def test_passages_on_disk_are_the_list_that_was_written(tmp_path_factory, passages, data) -> None:
+    file = tmp_path_factory.mktemp("passages") / "passages.arrow"
+    write_passages(iter(passages), file)
+    stored = Passages(file)
+    assert len(stored) == len(passages) and list(stored) == passages == [stored[i] for i in range(len(passages))]
+    cut = data.draw(st.slices(len(passages)))
+    assert stored[cut] == passages[cut] and stored[-1] == passages[-1] and stored.index(passages[0]) == 0
+    for i in (len(passages), -len(passages) - 1):
+        with pytest.raises(IndexError):
+            stored[i]
+
+
+def test_only_passages_that_are_read_are_in_memory(tmp_path: Path) -> None:
+    file = tmp_path / "passages.arrow"
+    write_passages((Passage(f"{i}", "t", "x" * 1000) for i in range(30_000)), file)
+    before = pa.total_allocated_bytes()
+    stored = Passages(file)
+    assert (stored[0].id, stored[29_999].id, sum(len(p.text) for p in stored)) == ("0", "29999", 30_000_000)
+    assert pa.total_allocated_bytes() - before < 1_000_000
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_finds_what_flat_finds_and_the_same_in_memory(kind: str, tmp_path: Path) -> None:
     passages, folder = made_passages(NUMBER), make(tmp_path / "a" / "index", kind)
     opened = open_index(folder, None if kind == "bm25" else hash_encoder())
     assert list(opened.passages) == passages and [path.name for path in folder.parent.iterdir()] == ["index"]
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["kind"], manifest["passages"]) == (kind, NUMBER)
+    assert (manifest["kind"], manifest["passages"], manifest["format"]) == (kind, NUMBER, 3)
     assert manifest["corpus_checksum"] == corpus_checksum(passages)
     if kind == "bm25":
         return
@@ -63,35 +104,29 @@ def test_every_kind_finds_what_flat_finds_and_the_same_in_memory(kind: str, tmp_
     same = [len({i for i, _ in a} & {i for i, _ in b}) / 3 for a, b in zip(found(opened, 3), exact, strict=True)]
     coarse = {"ivf-pq": 0.5, "faiss:IVF20,PQ8x4fs": 0.1, "faiss:PCA16,IVF20,SQ8": 0.2}  # by chance: 0.0025
     assert np.mean(same) >= coarse.get(kind, 0.96)
-    assert manifest["search"] == dense.settings_of(opened.index)
-    if kind.startswith("ivf"):
-        assert manifest["search"] == {"nprobe": 30} and manifest["lists"]  # fewer lists than NPROBE
 
 
-@settings(deadline=None, max_examples=12)
-@given(st.integers(1, 900), st.integers(300, 800), st.sampled_from(["flat", "hnsw", "ivf-sq8", "ivf-pq", "bm25"]))
+@settings(deadline=None, max_examples=10)
+@given(st.integers(30, 900), st.integers(300, 800), st.sampled_from(["flat", "hnsw", "ivf-sq8", "ivf-pq"]))
 def test_shards_of_any_size_give_the_same_index(tmp_path_factory, shard: int, number: int, kind: str) -> None:
     folder, passages = tmp_path_factory.mktemp("shards"), made_passages(number)
-    shard = max(shard, 30)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dense, "BLOCK", 190)  # several of them
         a, b = make(folder / "a", kind, passages, shard), make(folder / "b", kind, passages, 10_000)
-    a, b = files_of(a), files_of(b)
-    for files in (a, b):
-        for name in [name for name in files if name.endswith(".arrow") or name == "manifest.json"]:
-            del files[name]
-    assert a and a == b
+    assert (a / "index.faiss").read_bytes() == (b / "index.faiss").read_bytes()
 
 
 KILLED = """
 import sys, time
 from pathlib import Path
 from hash_encoder import hash_encoder, made_passages
+from searchr1_lite.retrieval import dense
 from searchr1_lite.retrieval.index import build_index
 kind, folder, slow = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+encode = dense.encode
+dense.encode = lambda *args: time.sleep(slow) or encode(*args)
 print("ready", flush=True)
-build_index(made_passages(1200), folder, kind, None if kind == "bm25" else hash_encoder(), 200,
-    lambda _: time.sleep(slow))
+build_index(made_passages(1200), folder, kind, None if kind == "bm25" else hash_encoder(), 200)
 """
 
 
@@ -115,13 +150,16 @@ def kill_often(kind: str, folder: Path, times: int, draw: random.Random, slow: f
 
 
 @pytest.mark.parametrize("kind", ["ivf-pq", "bm25"])
-def test_killed_it_goes_on_to_the_same_index(kind: str, tmp_path: Path) -> None:
-    killed, folder = kill_often(kind, tmp_path / "killed", 2, random.Random(1), 0.02)
+def test_killed_it_resumes_to_the_same_index(kind: str, tmp_path: Path) -> None:
+    killed, folder = kill_often(kind, tmp_path / "killed", 2, random.Random(1), 0.1)
     if (tmp_path / "killed.building").exists():  # killed after the renaming
         make(folder, kind)
     make(tmp_path / "whole", kind, shard=200)
-    a, b = files_of(folder), files_of(tmp_path / "whole")
-    assert killed and a == b
+    assert killed
+    if kind == "bm25":  # bm25s numbers words by a set's order, which is another in each process
+        assert found(open_index(folder)) == found(open_index(tmp_path / "whole"))
+    else:
+        assert files_of(folder) == files_of(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "whole"]
 
 
@@ -129,87 +167,51 @@ class StoppedError(Exception):
     pass
 
 
-def stop_after(passages: list[Passage]):
-    yield from passages
-    raise StoppedError
+def stop_in_shard(encoder, number: int) -> None:
+    """Let the encoder fail once, at the shard that begins with this passage."""
+    encode = encoder.model.encode_document
+
+    def failing(texts: list[str], **options):
+        if f"number {number}" in texts[0]:
+            encoder.model.encode_document = encode
+            raise StoppedError
+        return encode(texts, **options)
+
+    encoder.model.encode_document = failing
 
 
 def test_finished_shards_are_not_encoded_again(tmp_path: Path) -> None:
-    passages, encoder = made_passages(NUMBER), hash_encoder()
+    encoder = hash_encoder()
+    stop_in_shard(encoder, 1000)
     with pytest.raises(StoppedError):
-        make(tmp_path / "index", "flat", stop_after(passages[:1100]), encoder=encoder)
+        make(tmp_path / "index", "flat", encoder=encoder)
     assert not (tmp_path / "index").exists() and len(encoder.model.texts) == 1001  # with the query that asks dimension
     encoder.model.texts.clear()
-    said = []
-    build_index(iter(passages), tmp_path / "index", "flat", encoder, 500, said.append)
-    assert len(encoder.model.texts) == 201 and said[0].startswith("passages: 500")
-    assert files_of(make(tmp_path / "other", "flat", passages)) == files_of(tmp_path / "index")
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        (lambda ps: [Passage("id0", "Other", "text"), *ps[1:]], "passages 1 to 500 are others now"),
-        (lambda ps: ps[:500], "it ends after 500 passages now"),
-        (lambda ps: [*ps[:600], *ps[:600:-1]], None),  # behind what is finished, so nothing is lost
-    ],
-)
-def test_a_corpus_that_changes_between_kill_and_resume_is_refused(changed, message, tmp_path: Path) -> None:
-    passages = made_passages(NUMBER)
-    with pytest.raises(StoppedError):
-        make(tmp_path / "index", "flat", stop_after(passages[:1000]))
-    if message is None:
-        passages = passages[:1000] + changed(passages)[1000:]
-        make(tmp_path / "index", "flat", made_passages(1000) + [Passage(f"new{i}", "New", "text") for i in range(7)])
-        assert len(open_index(tmp_path / "index", hash_encoder()).passages) == 1007
-        return
-    with pytest.raises(BuildError, match=f"the corpus has changed .*{message}; delete that folder"):
-        make(tmp_path / "index", "flat", changed(passages))
-    assert not (tmp_path / "index").exists()
-
-
-@pytest.mark.parametrize("kind", ["flat", "ivf-sq8", "bm25"])
-def test_what_an_unfinished_shard_left_is_not_taken_for_one(kind: str, tmp_path: Path, monkeypatch) -> None:
-    """Killed just before a shard's mark, or before the end; then the corpus has that shard no more, or one more."""
-    real = build.write_json
-
-    def killed(file: Path, value) -> None:
-        if file.name == "shard-00002.json":
-            raise KeyboardInterrupt
-        real(file, value)
-
-    monkeypatch.setattr(build, "write_json", killed)
-    with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "index", kind)
-    assert (tmp_path / "index.building/index/passages-00002.arrow").exists()
-    monkeypatch.undo()
-    monkeypatch.setattr(build, "write_manifest", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        make(tmp_path / "index", kind, made_passages(1000))
-    monkeypatch.undo()
-    shutil.copytree(tmp_path / "index.building", tmp_path / "more.building")
-    with pytest.raises(BuildError, match="whose corpus_checksum is"):
-        make(tmp_path / "more", kind, made_passages(1500))
-    make(tmp_path / "index", kind, made_passages(1000))
-    assert len(open_index(tmp_path / "index", None if kind == "bm25" else hash_encoder()).passages) == 1000
+    make(tmp_path / "index", "flat", encoder=encoder)
+    assert len(encoder.model.texts) == 201
+    assert files_of(make(tmp_path / "other", "flat")) == files_of(tmp_path / "index")
 
 
 def test_an_unfinished_build_of_something_else_is_not_mixed_in(tmp_path: Path) -> None:
+    encoder = hash_encoder()
+    stop_in_shard(encoder, 500)
     with pytest.raises(StoppedError):
-        make(tmp_path / "index", "flat", stop_after(made_passages(600)))
-    for kind, shard, encoder, message in (
-        ("hnsw", 500, None, "whose kind is 'flat', and now it is 'hnsw'"),
-        ("flat", 400, None, "whose shard is 500"),
-        ("flat", 500, hash_encoder(seed=1), "whose encoder is"),
+        make(tmp_path / "index", "flat", encoder=encoder)
+    for kind, passages, shard, encoder, message in (
+        ("hnsw", NUMBER, 500, None, "whose kind is 'flat', and now it is 'hnsw'"),
+        ("flat", NUMBER, 400, None, "whose shard is 500"),
+        ("flat", NUMBER, 500, hash_encoder(seed=1), "whose encoder is"),
+        ("flat", NUMBER - 1, 500, None, "whose (corpus_checksum|passages) is"),
     ):
-        with pytest.raises(BuildError, match=message):
-            make(tmp_path / "index", kind, shard=shard, encoder=encoder)
+        with pytest.raises(IndexMismatchError, match=message):
+            make(tmp_path / "index", kind, made_passages(passages), shard, encoder)
+    assert len(open_index(make(tmp_path / "index", "flat"), hash_encoder()).passages) == NUMBER
 
 
 def test_two_builds_of_one_folder_do_not_meet(tmp_path: Path) -> None:
     def meanwhile():
         yield from made_passages(500)
-        with pytest.raises(BuildError, match="another process is building this index"):
+        with pytest.raises(IndexMismatchError, match="another process builds this index"):
             make(tmp_path / "index", "flat")
 
     make(tmp_path / "index", "flat", meanwhile())
@@ -250,9 +252,14 @@ def test_other_corpora_encoders_kinds_and_formats_are_refused(tmp_path: Path) ->
             open_index(folder, hash_encoder(), expected=expected)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
-    with pytest.raises(IndexMismatchError, match="its format is 1, but 2 is needed"):
+    with pytest.raises(IndexMismatchError, match="its format is 1, but 3 is needed"):
         open_index(folder, hash_encoder())
-    for text, message in (("{", "is not JSON"), ("[]", "its format is None"), ("\udc80", "not JSON")):
+    for text, message in (
+        ("{", "is not a JSON"),
+        ("[]", "its format is None"),
+        ("3", "is not a JSON"),
+        ("\udc80", "not a JSON"),
+    ):
         (folder / "manifest.json").write_bytes(text.encode(errors="surrogateescape"))
         with pytest.raises(IndexMismatchError, match=message):
             open_index(folder, hash_encoder())
@@ -319,7 +326,7 @@ def test_vectors_that_are_there_are_taken_over(kind: str, suffix: str, tmp_path:
         index.add(vectors)
         faiss.write_index(index, str(file))
     encoder = hash_encoder()
-    build_index(passages, tmp_path / "taken", kind, encoder, 500, quiet, vectors=file)
+    build_index(passages, tmp_path / "taken", kind, encoder, 500, vectors=file)
     assert len(encoder.model.texts) == 1 + 3 * 4  # one for the dimension, four a shard
     same = {name: its for name, its in files_of(tmp_path / "taken").items() if name != "manifest.json"}
     assert same == {name: its for name, its in files_of(whole).items() if name != "manifest.json"}
@@ -338,15 +345,15 @@ def test_vectors_of_something_else_are_not_taken_over(tmp_path: Path) -> None:
     for number, (message, rows) in enumerate(wrong.items()):
         np.save(file, rows)
         with pytest.raises(CorpusError, match=message):
-            build_index(passages, tmp_path / str(number), "flat", hash_encoder(), 500, quiet, vectors=file)
+            build_index(passages, tmp_path / str(number), "flat", hash_encoder(), 500, vectors=file)
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(CorpusError, match="no whole"):
-        build_index(passages, tmp_path / "cut", "flat", hash_encoder(), 500, quiet, vectors=file)
+        build_index(passages, tmp_path / "cut", "flat", hash_encoder(), 500, vectors=file)
 
 
 def test_ids_are_used_once(tmp_path: Path) -> None:
     passages = made_passages(NUMBER)
-    with pytest.raises(CorpusError, match="passage 1,101 of the corpus has the id 'id3', which one before it has"):
+    with pytest.raises(CorpusError, match="passage 1,101 of the corpus has the id 'id3', used before"):
         make(tmp_path / "index", "flat", [*passages[:1100], passages[3], *passages[1100:]])
 
 
@@ -354,62 +361,32 @@ def test_a_folder_that_is_there_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/mine.txt").write_text("mine")
     for folder in (tmp_path / "notes", tmp_path / "notes/mine.txt"):
-        with pytest.raises(BuildError, match="is there already"):
+        with pytest.raises(IndexMismatchError, match="is there already"):
             make(folder, "flat")
     (tmp_path / "empty").mkdir()
     make(tmp_path / "empty", "flat")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "notes"]
 
 
-def test_an_unwritable_folder_is_one_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "locked").mkdir()
-    (tmp_path / "locked").chmod(0o555)
-    for path in (tmp_path, *tmp_path.parents[:2]):
-        path.chmod(0o755)
-    root = os.geteuid() == 0
-    try:
-        if root:
-            os.seteuid(65534)  # nobody: root may write anywhere
-        with pytest.raises(BuildError, match=r"could not be written \(.*Permission denied.*Make room or name another"):
-            make(tmp_path / "locked/index", "flat", made_passages(9))
-    finally:
-        if root:
-            os.seteuid(0)
-    assert not any((tmp_path / "locked").iterdir())
-
-
-@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf-pq", "bm25"])
-def test_a_full_disk_is_one_clear_error_and_the_build_goes_on(kind: str, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf-pq"])
+def test_a_full_disk_is_an_error_and_the_build_resumes(kind: str, tmp_path: Path) -> None:
     """By a limit on the size of files, raised step by step, so that each kind of file fails in its turn."""
-    monkeypatch.setattr(build, "_check_room", lambda *_: None)
     passages, limits, failed = made_passages(300), resource.getrlimit(resource.RLIMIT_FSIZE), 0
     whole = make(tmp_path / "whole", kind, passages, 100)
     largest = max(path.stat().st_size for path in whole.iterdir())
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
-        for limit in [*range(500, largest, largest // 12), largest - 1]:
+        for limit in [*range(500, largest, largest // 6), largest - 1]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
-            with pytest.raises(BuildError, match=r"could not be written.*the same call goes on from where it was"):
+            with pytest.raises((OSError, RuntimeError), match="File too large"):
                 make(tmp_path / "index", kind, passages, 100)
             assert not (tmp_path / "index").exists()
             failed += 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
-    assert failed > 10
+    assert failed > 5
     assert files_of(make(tmp_path / "index", kind, passages, 100)) == files_of(whole)
-
-
-def test_a_disk_that_is_full_at_the_end_of_an_array_is_noticed(tmp_path: Path) -> None:
-    """`np.save` loses the last bytes without a word, where it can write to the file by itself."""
-    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (64_026, limits[1]))
-        with pytest.raises(OSError, match="File too large"):
-            dense.write_vectors(np.zeros((500, 32), np.float32), tmp_path / "vectors.npy")  # 64,128 bytes
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_killed_after_the_renaming_it_only_clears_up(tmp_path: Path) -> None:
@@ -420,54 +397,23 @@ def test_killed_after_the_renaming_it_only_clears_up(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk can be mounted here: {mounted.stderr.decode().strip()}")
-    yield disk
-    subprocess.run(["umount", disk], check=True)
-
-
-def test_a_small_disk_is_refused_before_and_survived_in_the_middle(small_disk: Path, monkeypatch) -> None:
-    with pytest.raises(BuildError, match="the index does not fit in"):
-        make(small_disk / "index", "flat", made_passages(6000))
-    monkeypatch.setattr(build, "_check_room", lambda *_: None)
-    (small_disk / "filler").write_bytes(bytes(450_000))
-    with pytest.raises(BuildError, match=r"No space left.*0\.00 GB are free"):
-        make(small_disk / "index", "flat")
-    assert not (small_disk / "index").exists()
-    (small_disk / "filler").unlink()
-    opened = open_index(make(small_disk / "index", "flat"), hash_encoder())
-    assert found(opened) == found(DenseRetriever.build(made_passages(NUMBER), hash_encoder()))
-
-
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     corpus, out = tmp_path / "corpus.jsonl", tmp_path / "index"
     rows = [{"id": i, "contents": f'"Title {i}"\nsome words'} for i in range(30)]
     corpus.write_text("\n".join(map(json.dumps, rows)))
 
     def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["build", "--corpus", *map(str, arguments)])
-        build.main()
-        return capsys.readouterr().out
+        with pytest.raises(SystemExit) as stop:
+            main(["index", "build", *map(str, arguments)])
+        return str(stop.value.code or 0) + capsys.readouterr().out
 
-    assert len(CorpusFile(corpus)) == 30  # without a newline at the end
-    said = run(corpus, "--kind", "bm25", "--out", out, "--shard", 8)
-    assert "30 passages; about" in said and "passages: 24 of 30, " in said and f"{out}: whole" in said
+    assert run(corpus, "--out", out) == f"0{out}: whole\n"
     assert open_index(out).search(["title"], 1)[0][0].passage.id == "0"
-    manifest = json.loads((out / "manifest.json").read_text())
-    assert manifest["corpus"] == {"file": "corpus.jsonl", "bytes": corpus.stat().st_size}
-    with pytest.raises(SystemExit, match=r"error: .*is there already"):
-        run(corpus, "--kind", "bm25", "--out", out)
+    assert "is there already" in run(corpus, "--out", out)
     shutil.rmtree(out)
     corpus.write_text(corpus.read_text() + "\nnot JSON\n")
-    with pytest.raises(SystemExit, match=r"error: .*corpus\.jsonl:31: not JSON"):
-        run(corpus, "--kind", "bm25", "--out", out, "--shard", 8)
-    with pytest.raises(SystemExit, match=r"error: the corpus .* cannot be read"):
-        run(tmp_path / "none.jsonl", "--kind", "bm25", "--out", tmp_path / "b")
+    assert "corpus.jsonl:31: not JSON" in run(corpus, "--out", out)
+    assert run(tmp_path / "none.jsonl", "--out", tmp_path / "b").startswith("error: no corpus file at")
 
 
 def test_flat_and_lists_are_on_disk_and_not_in_memory(tmp_path: Path) -> None:
@@ -478,3 +424,97 @@ def test_flat_and_lists_are_on_disk_and_not_in_memory(tmp_path: Path) -> None:
         assert found(opened) == found(DenseRetriever(opened.passages, opened.encoder, read))
         with open("/proc/self/maps") as maps:
             assert str(folder / "index.faiss") in maps.read()
+
+
+# From a setting to the retriever that it names
+
+
+def loaded(retriever: str, cache_dir: Path | None = None, passages=PASSAGES, **settings):
+    return load_retriever(load_profile("tiny", retriever=retriever, **settings), passages, cache_dir)
+
+
+def test_an_index_is_built_once_then_opened(tmp_path, capsys):
+    for did in ("built", "opened"):
+        assert loaded("bm25", tmp_path / "index").search(["word3"], 2) == EXPECTED.search(["word3"], 2)
+        assert f"bm25 index of 20 passages {did} in" in capsys.readouterr().out
+    with pytest.raises(IndexMismatchError, match="corpus_checksum"):
+        loaded("bm25", tmp_path / "index", PASSAGES[:5])
+
+
+def test_processes_that_want_the_same_index_build_it_once(tmp_path, monkeypatch, capsys):
+    calls, build = [], build_index
+    monkeypatch.setattr(index, "build_index", lambda *given, **more: calls.append(1) or build(*given, **more))
+    found = []
+    threads = [
+        threading.Thread(target=lambda: found.append(loaded("bm25", tmp_path / "i").search(["word7"], 1)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert calls == [1] and found == [EXPECTED.search(["word7"], 1)] * 4
+
+
+def test_a_folder_needs_no_corpus(tmp_path):
+    build_index(PASSAGES, tmp_path / "index", "bm25")
+    profile = load_profile("tiny", retriever=f"index:{tmp_path / 'index'}", corpus="there/is/none.jsonl")
+    assert load_retriever(profile).search(["word4"], 1) == EXPECTED.search(["word4"], 1)
+
+
+def test_joined_by_plus_they_are_fused(tmp_path):
+    build_index(PASSAGES[::-1], tmp_path / "other", "bm25")
+    retriever = loaded(f"bm25+index:{tmp_path / 'other'}", tmp_path / "cache")
+    assert isinstance(retriever, Hybrid) and len(retriever.retrievers) == 2
+    assert [hit.passage.id for hit in retriever.search(["word4"], 3)[0]] == ["4"]
+
+
+def test_controls(tmp_path):
+    assert isinstance(loaded("empty"), Empty)
+    random = loaded("random", seed=7)
+    assert isinstance(random, Random) and random.seed == 7
+    oracle = loaded("oracle", tmp_path / "cache")
+    assert isinstance(oracle, Oracle) and oracle.search(["word3"], 1) == EXPECTED.search(["word3"], 1)
+
+
+def test_a_service_gets_the_token_of_the_environment(monkeypatch):
+    monkeypatch.setenv("SEARCHR1_TOKEN", "secret")
+    remote = loaded("http://127.0.0.1:1/retrieve")
+    assert isinstance(remote, RemoteRetriever) and remote.client.headers["Authorization"] == "Bearer secret"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"retriever": "http://"}, None),
+        ({"retriever": "http://:80"}, "is no address"),
+        ({"retriever": "nowhere_at_all:Search"}, "there is no module 'nowhere_at_all'"),
+        ({"retriever": "empty", "reranker": "nowhere/to-be-found"}, "reranker 'nowhere/to-be-found'"),
+    ],
+)
+def test_what_cannot_be_had_is_one_error(settings, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=message):
+        loaded(**settings)
+
+
+def test_an_extra_that_is_missing_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "searchr1_lite.retrieval.remote", None)
+    with pytest.raises(ConfigError, match=r"pip install 'searchr1_lite\[service\]'"):
+        loaded("http://127.0.0.1:1")
+
+
+def test_reranking_is_put_on_top(monkeypatch, tmp_path):
+    class Backwards:
+        def predict(self, pairs, **_):
+            import numpy as np
+
+            return np.arange(len(pairs), dtype=np.float32)
+
+    from searchr1_lite.retrieval import rerank
+
+    monkeypatch.setattr(rerank, "load_reranker", lambda name, device: Backwards())
+    found = loaded("bm25", tmp_path / "i", reranker="any").search(["shared"], 20)[0]
+    assert [hit.passage for hit in found] == [hit.passage for hit in EXPECTED.search(["shared"], 20)[0]][::-1]
