@@ -15,8 +15,8 @@ from searchr1_lite.ask import END, ENVIRONMENT, MODEL, Notebook, Terminal, ask, 
 from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.evaluation.evaluate import evaluate
 from searchr1_lite.evaluation.into import policy_of
-from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.retrieval.bm25 import BM25Retriever
+from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.rollout.engine import PromptTooLongError, rollout
 from searchr1_lite.tasks.questions import QuestionError, load_questions
 from searchr1_lite.types import Hit, Passage, QueryRefusedError, RetrievalError

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from searchr1_lite.retrieval import documents
+from searchr1_lite.cli import main
 from searchr1_lite.retrieval.corpus import read_corpus
 from searchr1_lite.retrieval.documents import DocumentError, cut, find_files, passages_of, write_corpus
 
@@ -211,15 +211,14 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch, library, name
         list(passages_of(tmp_path / name, name))
 
 
-def test_the_command(tmp_path, monkeypatch):
+def test_the_command(tmp_path):
     write(tmp_path, docs__a_txt=PROSE * 12, bad__a_txt=b"\xff")
-    command = [sys.executable, "-m", "searchr1_lite.retrieval.documents"]
+    command = [sys.executable, "-m", "searchr1_lite", "index", "documents"]
     run = subprocess.run([*command, "docs", "--out", "c.jsonl", "--words", "60"], cwd=tmp_path, capture_output=True)
     assert run.returncode == 0 and run.stdout.decode() == "c.jsonl: 4 passages\n" and not run.stderr
     rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [f"a.txt#{n}" for n in range(1, 5)]
     assert all(row["contents"].startswith('"a.txt"\n') for row in rows)
-    monkeypatch.setattr(sys, "argv", ["documents", str(tmp_path / "bad"), "--out", str(tmp_path / "d.jsonl")])
     with pytest.raises(SystemExit, match=r"^error: .*a\.txt: cannot be read as utf-8"):
-        documents.main()
+        main(["index", "documents", str(tmp_path / "bad"), "--out", str(tmp_path / "d.jsonl")])
     assert not (tmp_path / "d.jsonl").exists()

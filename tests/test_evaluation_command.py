@@ -14,8 +14,8 @@ from searchr1_lite.training.__main__ import setting
 from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.evaluation import into as command
 from searchr1_lite.evaluation.evaluate import evaluate
-from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.retrieval.bm25 import BM25Retriever
+from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.rollout.policy import load_policy, with_adapter
 from searchr1_lite.rollout.rows import trajectory_to_row
 from searchr1_lite.tasks.questions import held_out, load_questions

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.retrieval.corpus import CorpusError
 from searchr1_lite.retrieval.rerank import Hybrid
-from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.types import Hit, Passage
 
 

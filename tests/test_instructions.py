@@ -4,13 +4,13 @@ import random
 from collections import Counter
 
 import pytest
+from searchr1_lite.pretraining.instructions import HABITS, SHARES, Instructions, Teacher
+from searchr1_lite.pretraining.pretrain import Mix
+from searchr1_lite.pretraining.transcripts import Writer
 from transformers import AutoTokenizer
 
 from searchr1_lite.config import ROOT
 from searchr1_lite.evaluation.strategies import STRATEGIES, Search, Write
-from searchr1_lite.pretraining.instructions import HABITS, SHARES, Instructions, Teacher
-from searchr1_lite.pretraining.pretrain import Mix
-from searchr1_lite.pretraining.transcripts import Writer
 from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.rollout.protocol import PROMPTS, encode_prompt, parse_action
 from searchr1_lite.tasks.answers import exact_match

@@ -4,7 +4,6 @@ import csv
 import gzip
 import json
 import math
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from searchr1_lite.cli import main
 from searchr1_lite.config import ROOT
 from searchr1_lite.retrieval import measure as module
+from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus
 from searchr1_lite.retrieval.measure import (
     check_supporting,
@@ -23,7 +24,6 @@ from searchr1_lite.retrieval.measure import (
     read_judged,
     recall_per_question,
 )
-from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.tasks.questions import QuestionError, read_questions
 from searchr1_lite.types import Hit, Passage, Question
 
@@ -119,27 +119,27 @@ def test_bad_judgements_are_named(tmp_path: Path, judgement: str, header: str | 
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["measure", *map(str, arguments)])
     monkeypatch.setattr(module, "load_retriever", lambda profile, passages: Fixed())
-    module.main()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["index", "measure", *map(str, arguments)])
 
 
 def test_the_command_records_and_names_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     queries, qrels = beir(tmp_path, "q1\tp1\t1", "q2\tp2\t1")
     corpus, out = tmp_path / "corpus.jsonl", tmp_path / "out/figures.json"
     corpus.write_text('{"id": "p1", "title": "A", "text": "a"}\n{"id": "p2", "title": "B", "text": "b"}\n')
-    given = ("--corpus", corpus, "--questions", queries, "--out", out, "--qrels")
-    run(monkeypatch, *given, qrels, "--ks", 1, 2, "--published", "nDCG@10=0.5")
+    given = (corpus, queries, "--out", out, "--qrels")
+    run(monkeypatch, *given, qrels, "--ks", "1,2")
     record = json.loads(out.read_text())
     assert record["corpus"] == {"passages": 2, "checksum": corpus_checksum(load_corpus(str(corpus)))}
-    assert (record["questions"], record["published"], record["bm25"]["k1"]) == (2, ["nDCG@10=0.5"], 0.9)
+    assert (record["questions"], record["bm25"]["k1"]) == (2, 0.9)
     wanted = {"recall@1": 0.5, "recall@2": 0.5, "all@1": 0.5, "all@2": 0.5, "nDCG@10": 0.5}
     assert record["results"] == [{"retriever": name} | wanted for name in ("bm25", "flat, minilm")]
     with pytest.raises(SystemExit, match=r"error: .*no-such\.tsv"):
-        run(monkeypatch, *given, tmp_path / "no-such.tsv")
+        main(["index", "measure", *map(str, given), str(tmp_path / "no-such.tsv")])
     qrels.write_text("query-id\tcorpus-id\tscore\nq1\tp7\t1\n")
     with pytest.raises(SystemExit, match="error: question 'q1' needs passages that the corpus lacks: p7"):
-        run(monkeypatch, *given, qrels)
+        main(["index", "measure", *map(str, given), str(qrels)])
 
 
 def real(name: str) -> Path:

@@ -291,9 +291,9 @@ def test_many_threads_share_one_client(ours):
 
 def test_what_our_server_refuses(ours):
     far, _ = ours
-    with pytest.raises(QueryRefusedError, match=r"queries\.1: 100,000 characters"):
+    with pytest.raises(QueryRefusedError, match=r"queries\.1: String should have at most 20000"):
         far.search(["fine", "x" * 100_000], 3)
-    with pytest.raises(QueryRefusedError, match="topk must be from 1 to 256"):
+    with pytest.raises(QueryRefusedError, match="topk: Input should be less than or equal to 256"):
         far.search(["fine"], 257)
 
 

@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
-import numpy as np
 import pytest
 from conftest import OverlapRetriever, original
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import serving
 
+from searchr1_lite.cli import main
 from searchr1_lite.config import ROOT
 from searchr1_lite.retrieval import server
 from searchr1_lite.retrieval.corpus import join_contents
@@ -186,10 +186,10 @@ def metric(url: str, name: str) -> float:
 @pytest.mark.parametrize(
     ("body", "status", "reason"),
     [
-        (b"", 422, "EOF"),
+        (b"", 422, "body: Field required"),
         (b"queries=x", 422, "JSON"),
         (b"\xff\xfe", 422, "JSON"),
-        (b"[" * 100_000, 422, "recursion"),
+        (b"[" * 100_000, 400, "parsing"),
         ([], 422, "object"),
         ({}, 422, "queries: Field required"),
         ({"queries": "one text"}, 422, "queries"),
@@ -199,16 +199,16 @@ def metric(url: str, name: str) -> float:
         (b'{"queries": [NaN]}', 422, "queries.0"),
         (b'{"queries": ["x"], "topk": NaN}', 422, "topk"),
         (b'{"queries": ["x"], "topk": 1e999}', 422, "topk"),
-        (b'{"queries": ["x"], "topk": ' + b"9" * 400 + b"}", 422, "topk must be from 1 to 256"),
-        (b'{"queries": ["x"], "topk": ' + b"9" * 10_000 + b"}", 422, "number"),
+        (b'{"queries": ["x"], "topk": ' + b"9" * 400 + b"}", 422, "topk: Input should be less than or equal to 256"),
+        (b'{"queries": ["x"], "topk": ' + b"9" * 10_000 + b"}", 400, "parsing"),
         ({"queries": ["x"], "topk": -1}, 422, "topk"),
         ({"queries": ["x"], "topk": 257}, 422, "topk"),
         ({"queries": ["x"], "topk": 1.5}, 422, "topk"),
         ({"queries": ["x"], "topk": "three"}, 422, "topk"),
         ({"queries": ["x"], "return_scores": "perhaps"}, 422, "return_scores"),
-        (b'{"queries": ["\\ud800"]}', 422, "hex escape"),
-        ({"queries": ["fine", "x" * 100_000]}, 422, "queries.1: 100,000 characters; at most 20,000"),
-        ({"queries": ["x"] * 4097}, 422, "4,097 queries; at most 4,096"),
+        (b'{"queries": ["\\ud800"]}', 422, "queries.0: Input should be a valid string"),
+        ({"queries": ["fine", "x" * 100_000]}, 422, "queries.1: String should have at most 20000 characters"),
+        ({"queries": ["x"] * 4097}, 422, "at most 4096 items"),
         ({"queries": ["x"] * 4000, "topk": 17}, 422, "4,000 queries x topk 17"),
         (b" " * (16 << 20) + b" {}", 413, "16,777,216 bytes"),
     ],
@@ -289,29 +289,10 @@ def test_health_and_metrics():
         assert metric(url, "searchr1_queries_total") == 3
         assert metric(url, "searchr1_batch_queries_sum") == 3
         assert metric(url, "searchr1_request_seconds_count") == 3
-        assert metric(url, 'searchr1_request_seconds_bucket{le="30.0"}') == 3
+        assert metric(url, 'searchr1_request_seconds_bucket{le="10.0"}') == 3
 
 
 # Encoding on several threads
-
-
-def test_an_encoder_on_threads_gives_each_query_its_own_vector():
-    """Of a stub that knows lengths; never more than PART queries at once, and those of similar length."""
-    parts = []
-
-    def encode_queries(queries):
-        parts.append([len(query) for query in queries])
-        return np.array([[len(query), ord(query[0])] for query in queries], dtype=np.float32)
-
-    threaded = server.ThreadedEncoder(SimpleNamespace(name="stub", encode_queries=encode_queries))
-    for number in (1, 7, 8, 9, 50):
-        queries = [chr(97 + i % 26) * (1 + i * 7 % 50) for i in range(number)]
-        parts.clear()
-        assert threaded.encode_queries(queries).tolist() == [[len(query), ord(query[0])] for query in queries]
-        lengths = [length for part in sorted(parts, reverse=True) for length in part]
-        assert lengths == sorted(map(len, queries), reverse=True)
-        assert max(map(len, parts)) <= server.PART and len(parts) == -(-number // server.PART)
-    assert threaded.name == "stub"
 
 
 # The command
@@ -351,12 +332,11 @@ def test_a_signal_stops_it_when_what_was_begun_is_finished():
 
 def run_main(monkeypatch, *arguments: str, token: str | None = None) -> str:
     """What the command says when it gives up."""
-    monkeypatch.setattr(sys, "argv", ["server", "--index", "no-such-folder", *arguments])
     monkeypatch.delenv(server.TOKEN, raising=False)
     if token is not None:
         monkeypatch.setenv(server.TOKEN, token)
     with pytest.raises(SystemExit) as end:
-        server.main()
+        main(["serve", "no-such-folder", *arguments])
     return str(end.value)
 
 
@@ -379,7 +359,8 @@ def test_what_stops_the_command_is_one_line(monkeypatch, capsys):
             said == f"error: cannot listen on 127.0.0.1:{port}: Address already in use; name another --port or --host"
         )
     assert "no-such-folder" in run_main(monkeypatch, "--port", "0")
-    assert run_main(monkeypatch, "--topk", "0") == "2" and "--topk must be from 1 to 256" in capsys.readouterr().err
+    assert run_main(monkeypatch, "--topk", "0") == "2" and "greater than or equal to 1" in capsys.readouterr().err
+    assert "--topk must be from 1 to 256" in run_main(monkeypatch, "--topk", "300")
 
 
 def test_the_command_serves_indexes_fused(tmp_path):
@@ -387,9 +368,8 @@ def test_the_command_serves_indexes_fused(tmp_path):
 
     for name, passages in (("one", PASSAGES), ("two", PASSAGES)):
         build_index(passages, tmp_path / name, "bm25")
-    command = [sys.executable, "-m", "searchr1_lite.retrieval.server", "--port", "0", "--topk", "1"]
-    for name in ("one", "two"):
-        command += ["--index", str(tmp_path / name)]
+    command = [sys.executable, "-m", "searchr1_lite", "serve", "--port", "0", "--topk", "1"]
+    command += [str(tmp_path / name) for name in ("one", "two")]
     environment = os.environ | {server.TOKEN: "t0ken"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     try:

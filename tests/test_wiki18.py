@@ -1,4 +1,4 @@
-"""retrieval/wiki18.py: from a folder and from a stand-in for the hub; damage, full disks, and work that was cut off."""
+"""retrieval/wiki18.py: from a stand-in for the hub; damage, full disks, and work that was cut off."""
 
 import gzip
 import hashlib
@@ -11,6 +11,7 @@ import faiss
 import numpy as np
 import pytest
 
+from searchr1_lite.cli import main
 from searchr1_lite.retrieval import wiki18
 
 PASSAGES = 300
@@ -37,8 +38,6 @@ def source(tmp_path: Path) -> Path:
     (folder / "wiki-18.jsonl.gz").write_bytes(gzip.compress(corpus[:999]) + gzip.compress(corpus[999:]))
     (folder / "part_aa").write_bytes(index[:5002])
     (folder / "part_ab").write_bytes(index[5002:])
-    lines = [f"{hashlib.sha256((folder / name).read_bytes()).hexdigest()}  {name}\n" for name in FILES]
-    (folder / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
     return folder
 
 
@@ -47,12 +46,10 @@ def command(monkeypatch, tmp_path: Path, capsys):
     """Run the command on tmp_path/wiki; what it printed, or the message it stopped with."""
 
     def run(*arguments: str | Path) -> str:
-        monkeypatch.setattr("sys.argv", ["wiki18", "--out", str(tmp_path / "wiki"), *map(str, arguments)])
-        try:
-            wiki18.main()
-        except SystemExit as stop:
-            return str(stop.code)
-        return capsys.readouterr().out
+        with pytest.raises(SystemExit) as stop:
+            main(["index", "wiki18", "--out", str(tmp_path / "wiki"), *map(str, arguments)])
+        out, errors = capsys.readouterr()
+        return out + errors if stop.value.code in (0, 130) else str(stop.value.code)
 
     return run
 
@@ -113,30 +110,29 @@ def disk(monkeypatch, free: int) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
 
 
-def test_from_a_folder(command, source, tmp_path) -> None:
+def test_from_the_hub(command, hub, source, tmp_path) -> None:
     before = {path.name: path.read_bytes() for path in source.iterdir()}
-    said = command("--source", source)
+    said = command()
     assert_whole(tmp_path / "wiki")
     assert {path.name: path.read_bytes() for path in source.iterdir()} == before
     assert f"wiki-18.jsonl: whole, {len(corpus_bytes()):,} bytes" in said
-    assert "unverified" not in said
 
 
-def test_what_is_finished_is_not_touched_again(command, source, tmp_path, monkeypatch) -> None:
-    """And needs neither source nor hub."""
-    assert "error" not in command("--source", source)
+def test_what_is_finished_is_not_touched_again(command, hub, source, tmp_path, monkeypatch) -> None:
+    """And needs no hub."""
+    assert "error" not in command()
     shutil.rmtree(source)
-    for work in ("verify", "append", "hub_parts", "local_parts"):
+    for work in ("verify", "append", "hub_parts"):
         monkeypatch.setattr(wiki18, work, lambda *_: pytest.fail("there is nothing to do"))
     assert "e5_Flat.index: whole" in command()
     assert_whole(tmp_path / "wiki")
 
 
-def test_a_finished_file_that_changed_is_made_again(command, source, tmp_path) -> None:
-    command("--source", source)
+def test_a_finished_file_that_changed_is_made_again(command, hub, source, tmp_path) -> None:
+    command()
     with (tmp_path / "wiki/wiki-18.jsonl").open("ab") as file:
         file.write(b"more")
-    command("--source", source)
+    command()
     assert_whole(tmp_path / "wiki")
 
 
@@ -149,39 +145,6 @@ def test_the_corpus_alone_then_the_index(command, hub, tmp_path) -> None:
     assert_whole(tmp_path / "wiki")
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["truncated", "altered"])
-def test_a_damaged_source_file_is_named_and_can_be_replaced(command, source, tmp_path, name, damage) -> None:
-    whole = (source / name).read_bytes()
-    broken = whole[:-7] if damage == "truncated" else whole[:100] + bytes([whole[100] ^ 4]) + whole[101:]
-    (source / name).write_bytes(broken)
-    said = command("--source", source)
-    assert f"error: {name} is cut off or altered" in said
-    assert f"fetch {source / name} again, then run the command again" in said
-    assert (source / name).read_bytes() == broken  # it is not ours to remove
-    assert not (tmp_path / "wiki" / ("wiki-18.jsonl" if name.endswith("gz") else "e5_Flat.index")).exists()
-    (source / name).write_bytes(whole)
-    command("--source", source)
-    assert_whole(tmp_path / "wiki")
-
-
-def test_without_checksums_it_says_so_and_the_gzip_file_still_shows_damage(command, source, tmp_path) -> None:
-    (source / "SHA256SUMS").unlink()
-    assert command("--source", source, "--plan").count("unverified") == 3
-    whole = (source / "wiki-18.jsonl.gz").read_bytes()
-    for broken in (whole[:-7], whole[:100] + bytes([whole[100] ^ 4]) + whole[101:]):
-        (source / "wiki-18.jsonl.gz").write_bytes(broken)
-        assert "error: wiki-18.jsonl.gz is cut off or altered" in command("--source", source)
-        assert not (tmp_path / "wiki/wiki-18.jsonl").exists()
-
-
-def test_a_missing_part_is_named(command, source, tmp_path) -> None:
-    (source / "part_ab").unlink()
-    said = command("--source", source)
-    assert "has no part_ab for e5_Flat.index" in said and "PeterJinGo/wiki-18-e5-index" in said
-    assert not (tmp_path / "wiki").exists()
-
-
 def test_the_plan_is_printed_and_nothing_done(command, hub, source, tmp_path) -> None:
     said = command("--plan")
     assert "PeterJinGo/wiki-18-e5-index/part_aa: 0.00 GB -> e5_Flat.index, about 0.00 GB" in said
@@ -189,26 +152,23 @@ def test_the_plan_is_printed_and_nothing_done(command, hub, source, tmp_path) ->
     assert not (tmp_path / "wiki").exists() and not hub.fetched
 
 
-@pytest.mark.parametrize("from_folder", [True, False])
-def test_the_disk_must_hold_the_worst_moment(command, hub, source, tmp_path, monkeypatch, from_folder) -> None:
-    """By hand: what is made, and (from the hub) the one part that is being joined, lying beside it."""
+def test_the_disk_must_hold_the_worst_moment(command, hub, source, tmp_path, monkeypatch) -> None:
+    """By hand: what is made, and the one part that is being joined, lying beside it."""
     corpus, first, second = sizes(source)
     made = int(3.5 * corpus)
     most = max(corpus + made, made + 2 * first, made + first + 2 * second)
-    arguments = ["--source", source] if from_folder else []
-    needed = made + first + second if from_folder else most
-    disk(monkeypatch, needed - 1)
-    assert f"error: it does not fit in {tmp_path / 'wiki'}" in command(*arguments)
+    disk(monkeypatch, most - 1)
+    assert f"error: it does not fit in {tmp_path / 'wiki'}" in command()
     assert not (tmp_path / "wiki").exists()
-    disk(monkeypatch, needed)
-    assert "error" not in command(*arguments)
+    disk(monkeypatch, most)
+    assert "error" not in command()
 
 
 def test_a_download_that_breaks_off_goes_on(command, hub, tmp_path, source, monkeypatch) -> None:
     hub.cut = "part_ab"
     said = command()
     assert "part_ab could not be had from the hub (ConnectionError: the line went dead)" in said
-    assert "Run the command again" in said and "--source FOLDER" in said
+    assert "Run the command again" in said
     second = (source / "part_ab").stat().st_size
     disk(monkeypatch, 2 * second - 1000)  # part_aa is joined, and 1,000 bytes of part_ab are there
     hub.fetched.clear()
@@ -227,10 +187,10 @@ def test_an_altered_download_is_removed_and_fetched_again(command, hub, tmp_path
     assert_whole(tmp_path / "wiki")
 
 
-def test_what_lies_behind_the_joined_parts_is_cut_off(command, source, tmp_path) -> None:
+def test_what_lies_behind_the_joined_parts_is_cut_off(command, hub, source, tmp_path) -> None:
     (tmp_path / "wiki").mkdir()
     (tmp_path / "wiki/e5_Flat.index.new").write_bytes(index_bytes() + b"more")
-    command("--source", source)
+    command()
     assert_whole(tmp_path / "wiki")
 
 
@@ -248,7 +208,7 @@ def test_an_interruption_leaves_nothing_that_passes_for_whole(command, hub, tmp_
         real(read, write, size)
 
     monkeypatch.setattr(shutil, "copyfileobj", stops)
-    assert command().startswith("interrupted; the same command goes on")
+    assert "the same command goes on" in command()
     assert not (tmp_path / "wiki/e5_Flat.index").exists()
     assert (tmp_path / "wiki/wiki-18.jsonl").exists() == (stop_at > 1)
     hub.fetched.clear()
@@ -262,5 +222,5 @@ def test_offline_there_is_one_error_that_says_what_to_do(command, monkeypatch, t
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     said = command()
     assert "error: what PeterJinGo/wiki-18-corpus holds could not be had from the hub" in said
-    assert "--source FOLDER" in said and "\n" not in said
+    assert "\n" not in said
     assert not (tmp_path / "wiki").exists()

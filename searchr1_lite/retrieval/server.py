@@ -4,8 +4,8 @@
 by the original's search_r1/search/retrieval_server.py, and without scores too, where that crashes. What differs: a
 blank query finds nothing (the original encodes it and finds something); bad input is refused with a 4xx whose `detail`
 says why; queries of all clients are searched together (batching.py). `GET /health` says what is served, `GET /metrics`
-has counters for Prometheus. Left out: TLS, more than one process, and limits for each client, which a reverse proxy gives.
-Optional: `pip install "searchr1_lite[service]"`.
+has counters for Prometheus. Left out: TLS, more than one process, and limits for each client, which a reverse proxy
+gives. Optional: `pip install "searchr1_lite[service]"`.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -123,13 +123,22 @@ def make_app(
         yield
         batcher.close()  # called when every request is answered
 
-    async def authorize(request: Request) -> None:
-        sent = request.headers.get("authorization", "").encode("latin-1")
-        if token and not hmac.compare_digest(sent, f"Bearer {token}".encode()):
-            raise HTTPException(401, f"send the server's {TOKEN} as a bearer token", {"WWW-Authenticate": "Bearer"})
-
     number = version("searchr1_lite")
-    app = FastAPI(title="searchr1_lite", version=number, lifespan=lifespan, dependencies=[Depends(authorize)])
+    app = FastAPI(title="searchr1_lite", version=number, lifespan=lifespan)
+
+    def authorized(inner: Any) -> Any:
+        async def gate(scope: dict, receive: Any, send: Any) -> None:
+            sent = dict(scope.get("headers", ())).get(b"authorization", b"")
+            if scope["type"] == "http" and token and not hmac.compare_digest(sent, f"Bearer {token}".encode()):
+                reason = {"detail": f"send the server's {TOKEN} as a bearer token"}
+                inner_or_refusal = JSONResponse(reason, 401, {"WWW-Authenticate": "Bearer"})
+            else:
+                inner_or_refusal = inner
+            await inner_or_refusal(scope, receive, send)
+
+        return gate
+
+    app.add_middleware(authorized)
     app.add_middleware(metrics)
 
     @app.exception_handler(RequestValidationError)
@@ -206,16 +215,29 @@ def load(folders: list[Path], rerank: str | None) -> tuple[Retriever, dict[str, 
 
 def bind(host: str, port: int) -> socket.socket:
     """The address, taken but not yet listening; raises OSError with a message for people."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family)
+        listener.bind((host, port))
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(f"cannot listen on {host}:{port}: {reason}; name another --port or --host") from None
+        listener.close()
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; name another --port or --host") from None
+    return listener
+
+
+def serve(app: FastAPI, listener: socket.socket, what: str) -> None:
+    """Until SIGTERM or SIGINT; then what was begun is finished."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # uvicorn takes them over, and at its end raises them once more
+    host, port = listener.getsockname()[:2]
+    listener.listen(2048)  # from here on clients can connect, and wait the moment until uvicorn answers
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}/retrieve serves {what}", flush=True)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=60)
+    uvicorn.Server(config).run(sockets=[listener])
 
 
 def serve_folders(folders: list[Path], rerank: str | None, host: str, port: int, topk: int) -> None:
-    """Serve index folders until SIGTERM or SIGINT; then what was begun is finished. Raises UserError and OSError."""
+    """Serve index folders, fused if there are several; raises UserError and OSError."""
     if topk > MAX_K:
         raise UserError(f"--topk must be from 1 to {MAX_K}")
     token = os.environ.get(TOKEN)
@@ -224,11 +246,4 @@ def serve_folders(folders: list[Path], rerank: str | None, host: str, port: int,
     with bind(host, port) as listener:
         retriever, about = load(folders, rerank)
         what = "; ".join(f"{i['folder']} ({i['kind']}, {i['passages']:,} passages)" for i in about["indexes"])
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # uvicorn takes them over, and at its end raises them once more
-        host, port = listener.getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        print(f"{url}/retrieve serves {what}", flush=True)
-        app = make_app(retriever, topk, about, token)
-        config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=60)
-        uvicorn.Server(config).run(sockets=[listener])
+        serve(make_app(retriever, topk, about, token), listener, what)

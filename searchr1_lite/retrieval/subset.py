@@ -2,10 +2,10 @@
 
 `searchr1 index subset CORPUS QUESTIONS --out FOLDER` streams the corpus three or four times and never holds it in
 memory. A question needs the passages that its metadata names by id, and all those of the articles that it names by
-title. For one that names none (NQ, TriviaQA, PopQA, Bamboogle) the passages stand in that hold a golden answer and share
-most with the question. That is a guess, and a first hop that does not hold the answer is not looked for; `subset.json`
-says what was found for each question, and for which nothing was. The questions stand beside the corpus, with their
-splits, so that a run asks those that its corpus was made for.
+title. For one that names none (NQ, TriviaQA, PopQA, Bamboogle) the passages stand in that hold a golden answer and
+share most with the question. That is a guess, and a first hop that does not hold the answer is not looked for;
+`subset.json` says what was found for each question, and for which nothing was. The questions stand beside the corpus,
+with their splits, so that a run asks those that its corpus was made for.
 """
 
 import gzip
