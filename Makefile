@@ -85,7 +85,7 @@ experiments: $(READY)
 findings: $(READY)
 	$(PY) -m searchr1_lite.analysis.findings data/results/experiments/*.json --out data/results/findings
 
-PRETRAIN := .venv/bin/torchrun --nproc-per-node 2 -m searchr1_lite.pretraining.pretrain
+PRETRAIN := .venv/bin/torchrun --nproc-per-node 2 data/tiny-base/pretrain.py
 tiny-base: export OMP_NUM_THREADS = 1
 tiny-base: $(READY)
 	$(PRETRAIN) --out data/cache/tiny-base-1 --practice --steps 3200 --stop 2000
@@ -93,12 +93,12 @@ tiny-base: $(READY)
 	  --learning-rate 3e-3 --hold 0 --drills-only 0 --drill-share 0.5 --short-prompt 0.45
 	$(PRETRAIN) --weights data/cache/tiny-base-2 --out data/tiny-base --seed 2 --steps 220 \
 	  --learning-rate 1e-3 --hold 0 --drills-only 0 --drill-share 0.2 --short-prompt 0
-	$(PY) -m searchr1_lite.pretraining.measure --out data/tiny-base/measured.json
+	$(PY) data/tiny-base/measure.py --out data/tiny-base/measured.json
 
 tiny-instruct: export OMP_NUM_THREADS = 1
 tiny-instruct: $(READY)
-	.venv/bin/torchrun --nproc-per-node 2 -m searchr1_lite.pretraining.instructions --out data/tiny-instruct
-	$(PY) -m searchr1_lite.pretraining.measure --model data/tiny-instruct --out data/tiny-instruct/measured.json
+	.venv/bin/torchrun --nproc-per-node 2 data/tiny-instruct/instructions.py --out data/tiny-instruct
+	$(PY) data/tiny-base/measure.py --model data/tiny-instruct --out data/tiny-instruct/measured.json
 
 # On Linux, PyPI's torch brings several GB of CUDA: without an NVIDIA card, PyTorch's own index of CPU builds is asked
 # too, where it can be reached. Other systems get a CPU build from PyPI.

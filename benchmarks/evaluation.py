@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 
 from searchr1_lite.config import ROOT, load_profile
-from searchr1_lite.evaluation.into import ROWS, answer_all, policy_of
+from searchr1_lite.evaluation.evaluate import ROWS, answer_all, load_adapted
 from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.batching import cached
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "data/results/benchmarks/evaluation.json")
     given = parser.parse_args(arguments)
     profile = load_profile(RUN / "config.yaml", eval_questions=given.questions)
-    questions, policy = held_out(profile), policy_of(profile, RUN / "adapter")
+    questions, policy = held_out(profile), load_adapted(profile, RUN / "adapter")
     retriever = load_retriever(profile)
 
     def bare() -> list[str]:

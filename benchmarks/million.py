@@ -26,8 +26,7 @@ from footprint import BATCH, Known, Watch, apart, memory, write_queries
 from searchr1_lite.config import ROOT
 from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
-from searchr1_lite.retrieval.index import build_index
-from searchr1_lite.retrieval.index import check_index
+from searchr1_lite.retrieval.index import build_index, check_index
 from searchr1_lite.types import Passage
 
 BLOCK = 5000  # vectors made together

@@ -13,8 +13,8 @@ from typing import Any
 
 from footprint import BATCH
 
-from searchr1_lite.retrieval.index import SHARD
 from searchr1_lite.retrieval.dense import NPROBE, disk_bytes, factory_of
+from searchr1_lite.retrieval.index import SHARD
 
 PASSAGES, DIMENSION = 21_015_324, 768  # wiki-18, e5-base-v2
 WORDS = 100  # of a passage of wiki-18: DPR's cut (arXiv 2004.04906, section 4.1)

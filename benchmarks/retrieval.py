@@ -29,13 +29,12 @@ from scipy.stats import bootstrap
 from searchr1_lite.config import ROOT
 from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
-from searchr1_lite.retrieval.index import build_index
+from searchr1_lite.retrieval.bm25 import K1, B, BM25Retriever, tokenize
 from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus
 from searchr1_lite.retrieval.dense import DenseRetriever, blas_from_four_queries
 from searchr1_lite.retrieval.encoders import Encoder, load_encoder
-from searchr1_lite.retrieval.index import check_index
+from searchr1_lite.retrieval.index import build_index, check_index
 from searchr1_lite.retrieval.measure import check_supporting, read_judged, recall, supporting_ids
-from searchr1_lite.retrieval.bm25 import K1, B, BM25Retriever, tokenize
 from searchr1_lite.tasks.questions import read_questions
 from searchr1_lite.types import Hit, Passage, Question, Retriever
 

@@ -188,9 +188,9 @@ def prepare(corpus: str, questions: str, index: Path | None, work: Path) -> tupl
     """Our index folder, index and corpus files for the original, what every query must find, number of passages."""
     import faiss
 
-    from searchr1_lite.retrieval.index import build_index, open_index
     from searchr1_lite.retrieval.corpus import join_contents, load_corpus
     from searchr1_lite.retrieval.encoders import load_encoder
+    from searchr1_lite.retrieval.index import build_index, open_index
     from searchr1_lite.tasks.questions import load_questions, read_questions
 
     folder = index or work / "index"

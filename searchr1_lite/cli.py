@@ -56,7 +56,7 @@ def evaluate(
     decoding: Annotated[str, Option(help="greedy, sampled or both.")] = "both",
 ) -> None:
     """Answer held-out questions with a model, or with a base and an adapter; score, sum up and keep every answer."""
-    from searchr1_lite.evaluation.into import evaluate_into, format_scores, resolve_model
+    from searchr1_lite.evaluation.evaluate import evaluate_into, format_scores, resolve_model
 
     chosen, folder = resolve_model(profile, adapter, parse_settings(settings))
     print(format_scores(evaluate_into(out, chosen, decoding, folder)))
@@ -71,8 +71,8 @@ def ask(
     seed: Annotated[int | None, Option(help="Of what is drawn; else the profile's.")] = None,
 ) -> None:
     """Answer a question of yours, and show the trajectory while it is written; without one, answer lines of stdin."""
-    from searchr1_lite.ask import answer_words
-    from searchr1_lite.evaluation.into import resolve_model
+    from searchr1_lite.evaluation.ask import answer_words
+    from searchr1_lite.evaluation.evaluate import resolve_model
 
     settings = [word for word in words or () if re.match(r"\w+=", word)]
     questions = [word for word in words or () if word not in settings]

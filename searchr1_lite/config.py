@@ -222,7 +222,7 @@ def _closest(key: str) -> str:
     from difflib import get_close_matches
 
     if key == "defects":
-        return "; known defects are trained by searchr1_lite.lab.defects.train_broken (notebook 10)"
+        return "; known faults are trained by searchr1_lite.lab, as in notebook 10"
     close = get_close_matches(key, Profile.model_fields, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -31,7 +31,7 @@ def command() -> str:
     name = program.name
     if name == "__main__.py":
         name = "searchr1"
-    elif program.is_relative_to(ROOT / "benchmarks"):
+    elif program.suffix == ".py" and program.is_relative_to(ROOT):
         name = f"python {program.relative_to(ROOT).as_posix()}"
     return " ".join([name, *map(_as_typed_from_root, sys.argv[1:])])
 

@@ -15,7 +15,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from searchr1_lite.config import Profile, load_profile
+from searchr1_lite.cli import main
+from searchr1_lite.config import ROOT, Profile, load_profile
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import INVALID_ACTION, PROMPT
 from searchr1_lite.types import Hit, Passage
@@ -36,6 +37,8 @@ TEXTS = [
     '<information>Doc 1(Title: "Belmar") Belmar is the capital of Rovana.\nDoc 2(Title: "Rovana") A country.',
     "<answer> Belmar </answer>\n",
 ]
+
+sys.path += [str(ROOT / folder) for folder in ("data/tiny-base", "data/tiny-instruct", "benchmarks")]
 
 
 def make_tokenizer(texts: list[str] = TEXTS, vocab_size: int = 640) -> PreTrainedTokenizerFast:
@@ -158,3 +161,12 @@ def profile() -> Profile:
         max_turns=2,
         chat_template=False,
     )
+
+
+def searchr1(*arguments: object) -> None:
+    """The command, as typed; raises SystemExit where it does not end well."""
+    try:
+        main([*map(str, arguments)])
+    except SystemExit as stop:
+        if stop.code:
+            raise

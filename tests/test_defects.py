@@ -16,10 +16,9 @@ from test_engine import QUESTIONS, biased_policy, check_logprobs
 
 from searchr1_lite.analysis.runs import RunError, by_mask, load_run
 from searchr1_lite.config import ROOT, ConfigError, load_profile, save_config
-from searchr1_lite.evaluation import into as evaluation
+from searchr1_lite.evaluation import evaluate as evaluation
 from searchr1_lite.experiments import worker
 from searchr1_lite.experiments.plan import load_experiment
-from searchr1_lite.lab import __main__ as command
 from searchr1_lite.lab import defects
 from searchr1_lite.lab.defects import broken, train_broken
 from searchr1_lite.lab.profile import BrokenProfile, Defect, load_broken
@@ -545,22 +544,20 @@ def test_what_was_trained_with_defects_can_be_evaluated(tmp_path, names):
     save_config(having(*names, topk=5), tmp_path / "config.yaml")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text('{"base_model_name_or_path": "data/tiny-base"}')
-    profile, adapter = evaluation.named(None, tmp_path, {"seed": 3})
+    profile, adapter = evaluation.resolve_model(None, tmp_path, {"seed": 3})
     assert profile == load_profile("tiny", **SMALL, topk=5, seed=3) and adapter == tmp_path / "adapter"
     with pytest.raises(ConfigError, match="defects: there is no such setting"):
-        evaluation.named(None, tmp_path, {"defects": ["kl_sign"]})
+        evaluation.resolve_model(None, tmp_path, {"defects": ["kl_sign"]})
 
 
 # Commands and experiments
 
 
-def test_the_command_trains_with_defects(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(command, "train_broken", lambda *arguments: asked.append(arguments))
-    command.main(["--run-folder", str(tmp_path), "group_size=5", "defects=[kl_sign]", "seed=2"])
-    assert asked == [(load_broken("tiny", group_size=5, defects=["kl_sign"], seed=2), tmp_path)]
-    with pytest.raises(SystemExit, match="error: profile 'tiny' cannot be used:\n- defects: unmasked_values needs"):
-        command.main(["--run-folder", str(tmp_path), "defects=[unmasked_values]"])
+def test_defects_that_need_other_settings_are_refused():
+    with pytest.raises(ConfigError, match="profile 'tiny' cannot be used:\n- defects: unmasked_values needs"):
+        load_broken("tiny", defects=["unmasked_values"])
+    with pytest.raises(ConfigError, match="known faults are trained by"):
+        load_profile("tiny", defects=["kl_sign"])
 
 
 def test_an_experiments_arms_with_defects_are_trained_with_them(tmp_path, monkeypatch):

@@ -198,20 +198,3 @@ def test_closed_book_is_one_turn_and_finds_nothing(policy, profile, monkeypatch)
 def test_closed_book_runs_through_the_engine(policy, profile):
     small = profile.model_copy(update={"max_response_tokens": 4})
     assert closed_book(policy, questions(2), small) == 0.0
-
-
-def test_progress_tells_rate_and_time_left_and_short_evaluations_are_silent(policy, retriever, profile, monkeypatch):
-    def answer(policy, batch, *_, done, **__):
-        answered = [trajectory("no") for _ in batch]
-        for one in answered:
-            done(one)
-        return answered
-
-    monkeypatch.setattr(module, "rollout", answer)
-    clock, lines = iter(range(0, 1000, 5)), []
-    evaluate(policy, questions(20), retriever, profile, progress=lines.append)
-    assert lines == []
-    monkeypatch.setattr(module.time, "monotonic", lambda: next(clock))
-    evaluate(policy, questions(4), retriever, profile, progress=lines.append)
-    assert lines == ["2 of 4 questions, 0.2 a second, 10 s left"]
-    assert module.progress_line(30, 40, 5.0, before=20) == "30 of 40 questions, 2.0 a second, 5 s left"

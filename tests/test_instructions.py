@@ -4,9 +4,9 @@ import random
 from collections import Counter
 
 import pytest
-from searchr1_lite.pretraining.instructions import HABITS, SHARES, Instructions, Teacher
-from searchr1_lite.pretraining.pretrain import Mix
-from searchr1_lite.pretraining.transcripts import Writer
+from instructions import HABITS, SHARES, Instructions, Teacher
+from pretrain import Mix
+from transcripts import Writer
 from transformers import AutoTokenizer
 
 from searchr1_lite.config import ROOT

@@ -4,9 +4,9 @@ import random
 from collections import Counter
 
 import pytest
-from searchr1_lite.pretraining.pretrain import TOKENS_PER_BATCH, Examples, Mix, encode_segments
-from searchr1_lite.pretraining.tokenizer import train_tokenizer
-from searchr1_lite.pretraining.transcripts import HABITS, Writer
+from pretrain import TOKENS_PER_BATCH, Examples, Mix, encode_segments
+from tokenizer import train_tokenizer
+from transcripts import HABITS, Writer
 
 from searchr1_lite.config import ROOT
 from searchr1_lite.retrieval.bm25 import BM25Retriever

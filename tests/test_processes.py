@@ -8,12 +8,12 @@ import sys
 from collections import Counter
 
 import pytest
+from conftest import searchr1
 from safetensors.torch import load_file
 
 from searchr1_lite.config import ROOT, ConfigError, load_profile
 from searchr1_lite.preflight import check_processes
 from searchr1_lite.runfolder import read_json
-from searchr1_lite.training import __main__ as command
 
 SETTINGS = {
     "quantization": "none",
@@ -34,7 +34,7 @@ def start(processes, folder, algorithm):
     """The training command, started by `accelerate launch` as on a machine with several GPUs, on a free port."""
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     launch += ["--main_process_port", "0"]
-    arguments = ["-m", "searchr1_lite.training", "--run-folder", str(folder), *settings(algorithm)]
+    arguments = ["-m", "searchr1_lite", "train", "--out", str(folder), *settings(algorithm)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen([*launch, *arguments], cwd=ROOT, env=environment, **pipes)
@@ -57,7 +57,7 @@ def close(value):
 def test_two_processes_make_the_run_of_one(tmp_path, capsys, algorithm):
     one, two = tmp_path / "one", tmp_path / "two"
     launched = start(2, two, algorithm)
-    command.main(["--run-folder", str(one), *settings(algorithm)])
+    searchr1("train", "--out", one, *settings(algorithm))
     said, _ = launched.communicate(timeout=300)
     assert launched.returncode == 0, said
     assert said.count("after 2 steps") == 1  # one process speaks for both

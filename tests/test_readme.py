@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import pytest
+from transcripts import HABITS
 from typer.main import get_command
 
 from searchr1_lite import cli
@@ -13,7 +14,6 @@ from searchr1_lite.analysis.findings import with_interval
 from searchr1_lite.analysis.summary import markdown_table
 from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.experiments.plan import load_experiment
-from searchr1_lite.pretraining.transcripts import HABITS
 
 FILES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = "\n".join(path.read_text(encoding="utf-8") for path in FILES)

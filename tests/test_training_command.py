@@ -1,48 +1,50 @@
 """The training command: settings from the shell, each mistake one message."""
 
 import pytest
+from conftest import searchr1
 
 from searchr1_lite.config import ROOT
 from searchr1_lite.provenance import command as command_typed
 from searchr1_lite.provenance import provenance
-from searchr1_lite.training import __main__ as command
+from searchr1_lite.training import loop
 
 
 def test_settings_are_read_as_yaml_and_reach_the_profile(monkeypatch, tmp_path):
     given = {}
-    monkeypatch.setattr(command, "train", lambda profile, folder: given.update(profile=profile, folder=folder))
-    command.main(["--run-folder", str(tmp_path), "seed=3", "masked=false", "learning_rate=0.01"])
+    monkeypatch.setattr(loop, "train", lambda profile, folder: given.update(profile=profile, folder=folder))
+    searchr1("train", "--out", tmp_path, "seed=3", "masked=false", "learning_rate=0.01")
     assert given["folder"] == tmp_path
     assert (given["profile"].seed, given["profile"].masked, given["profile"].learning_rate) == (3, False, 0.01)
 
 
 @pytest.mark.parametrize(("setting", "message"), [("sead=3", "did you mean seed"), ("seed=three", "seed")])
 def test_a_setting_that_cannot_be_is_one_message(monkeypatch, tmp_path, setting, message):
-    monkeypatch.setattr(command, "train", lambda *_: pytest.fail("training started"))
+    monkeypatch.setattr(loop, "train", lambda *_: pytest.fail("training started"))
     with pytest.raises(SystemExit, match=message):
-        command.main(["--run-folder", str(tmp_path), setting])
+        searchr1("train", "--out", tmp_path, setting)
 
 
 def test_what_a_user_can_put_right_is_one_line(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 7\n")
     (tmp_path / "environment.json").write_text('{"inputs": {}}')
     with pytest.raises(SystemExit, match=r"^error: .*holds another run \("):
-        command.main(["--run-folder", str(tmp_path)])
+        searchr1("train", "--out", tmp_path)
     with pytest.raises(SystemExit, match=r"^error: no questions called 'nowhere'"):
-        command.main(["--run-folder", str(tmp_path), "questions=nowhere"])
+        searchr1("train", "--out", tmp_path, "questions=nowhere")
 
 
-def test_a_word_without_a_value_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        command.main(["--run-folder", str(tmp_path), "masked"])
-    assert "'masked' is not of the form name=value" in capsys.readouterr().err
+def test_a_word_without_a_value_is_refused(tmp_path):
+    with pytest.raises(SystemExit, match="'masked' is not of the form name=value"):
+        searchr1("train", "--out", tmp_path, "masked")
 
 
 @pytest.mark.parametrize(
     ("program", "said"),
     [
-        (ROOT / "searchr1_lite/training/__main__.py", "python -m searchr1_lite.training seed=3"),
-        (ROOT / "searchr1_lite/pretraining/measure.py", "python -m searchr1_lite.pretraining.measure seed=3"),
+        (ROOT / "searchr1_lite/__main__.py", "searchr1 seed=3"),
+        (ROOT / ".venv/bin/searchr1", "searchr1 seed=3"),
+        (ROOT / "benchmarks/rollout.py", "python benchmarks/rollout.py seed=3"),
+        (ROOT / "data/tiny-base/measure.py", "python data/tiny-base/measure.py seed=3"),
         ("/elsewhere/ipykernel_launcher.py", "a notebook"),
         ("/elsewhere/bin/pytest", "pytest seed=3"),
     ],

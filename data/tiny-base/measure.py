@@ -1,6 +1,6 @@
 """What a tiny model can and does before any reinforcement: reading, closed-book answers, sampled habits.
 
-    python -m searchr1_lite.pretraining.measure --out data/tiny-base/measured.json
+    python data/tiny-base/measure.py --out data/tiny-base/measured.json
 
 Everything is measured on the test questions of the default world, whose names it has never seen.
 """
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pretrain import encode_segments
+from transcripts import Writer
 
 from searchr1_lite.config import Profile, load_profile
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate
 from searchr1_lite.files import write_json
-from searchr1_lite.pretraining.pretrain import encode_segments
-from searchr1_lite.pretraining.transcripts import Writer
 from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.rollout.policy import Policy, environment, load_policy
 from searchr1_lite.rollout.protocol import encode_prompt

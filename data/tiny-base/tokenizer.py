@@ -7,9 +7,9 @@ Qwen2.5, and `>` merges with line breaks after it. So stopping, masking and pars
 import random
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transcripts import need, state
 from transformers import Qwen2TokenizerFast
 
-from searchr1_lite.pretraining.transcripts import need, state
 from searchr1_lite.rollout.protocol import INVALID_ACTION, render_prompt
 from searchr1_lite.tasks.toy_world import ToyWorld
 

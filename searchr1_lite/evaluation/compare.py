@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from searchr1_lite.config import Profile
-from searchr1_lite.evaluation.into import evaluate_into
+from searchr1_lite.evaluation.evaluate import evaluate_into
 from searchr1_lite.training.loop import train
 
 

@@ -4,7 +4,7 @@
 place; the training itself knows nothing of them. Shown one by one in notebook 10. Left out: faults of the original
 that cannot be made with this code, as a retriever that crashes.
 
-python -m searchr1_lite.lab --run-folder runs/mine group_size=5 defects='[kl_sign]'
+    train_broken(load_broken("tiny", group_size=5, defects=["kl_sign"]), "runs/mine")
 """
 
 import os

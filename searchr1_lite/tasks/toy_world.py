@@ -12,7 +12,6 @@ Left out on purpose: aliases, ambiguity and unanswerable questions.
 import json
 import random
 import zlib
-from argparse import ArgumentParser
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain as concat
@@ -306,12 +305,3 @@ def write_world(folder: Path, seed: int, size: int) -> None:
     for name, rows in (("corpus.jsonl", passages), ("questions.jsonl", questions)):
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / name).write_bytes(lines.encode())
-
-
-if __name__ == "__main__":
-    parser = ArgumentParser(description="Write a toy world as corpus.jsonl and questions.jsonl.")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, default=150, help="number of people")
-    parser.add_argument("--out", type=Path, default=Path("data/toy"))
-    arguments = parser.parse_args()
-    write_world(arguments.out, arguments.seed, arguments.size)

@@ -19,7 +19,6 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from searchr1_lite.config import ConfigError, Profile
-from searchr1_lite.evaluation.evaluate import progress_line
 from searchr1_lite.files import read_rows, write_whole
 from searchr1_lite.retrieval.batching import cached
 from searchr1_lite.rollout.engine import rollout
@@ -112,8 +111,8 @@ def right_answers(
             if not part.is_file():
                 _sample(policy, asked, searched, profile, writer, part)
                 here, done = here + len(asked), number * size + len(asked)
-                line = progress_line(done, len(questions), time.monotonic() - began, done - here)
-                progress(f"{run_folder.name}: candidates for {line}")
+                left = (len(questions) - done) * (time.monotonic() - began) / here
+                progress(f"{run_folder.name}: candidates for {done} of {len(questions)} questions, {left:.0f} s left")
         whole = b"".join(part.read_bytes() for part in parts)
         if not gzip.decompress(whole):
             tried = f"group_size = {profile.group_size} answers to each of {len(questions)} questions"

@@ -60,7 +60,7 @@ class HeldOut:
 
     def _evaluate(self, policy: Policy, phase: str, step: int) -> dict[str, Any]:
         with memory_for("rollout", self.profile, "rollout_rows", "max_context_tokens"):
-            summary, own = evaluate(policy, self._share(), self.retriever, self.profile, progress=self.progress)
+            summary, own = evaluate(policy, self._share(), self.retriever, self.profile)
         shares = gather_object([own])
         trajectories = [shares[n % len(shares)][n // len(shares)] for n in range(len(self.questions))]
         samples = trajectories[:EVALUATION_SAMPLES]

@@ -1,30 +1,28 @@
-r"""Put a question of one's own to any model over any index, and see the trajectory as it is written.
+"""Put a question of one's own to any model over any index, and see the trajectory as it is written.
 
-    python -m searchr1_lite.ask "Where was the founder of Gremvan Works born?" \
-        --adapter data/results/runs/tiny-masked-seed0
-    python -m searchr1_lite.ask --adapter runs/mine retriever=index:my-index topk=5
-
-The model is named as for `python -m searchr1_lite.evaluation`: a run folder or a PEFT adapter, a profile, settings as
-name=value. Without a question, questions are read from standard input, a line each; Ctrl-D ends, Ctrl-C ends an answer.
-Nothing is judged, since nobody said what is right. In a notebook it is `ask`. Left out: writing through vLLM, and more
-than one question at a time.
+`searchr1 ask` in a shell, `ask` in a notebook. Nothing is judged, since nobody said what is right. Left out: writing
+through vLLM, and more than one question at a time.
 """
 
-import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from html import escape
+from io import TextIOWrapper
+from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import wrap
 from typing import TextIO
 
 from searchr1_lite.config import Profile
-from searchr1_lite.evaluation.evaluate import Answered
+from searchr1_lite.errors import UserError
+from searchr1_lite.evaluation.evaluate import Answered, load_adapted
 from searchr1_lite.evaluation.strategies import STRATEGIES, answer
 from searchr1_lite.printable import printable
+from searchr1_lite.retrieval.index import load_retriever
 from searchr1_lite.rollout.cuda_graphs import cuda_graph
 from searchr1_lite.rollout.decoding import LocalWriter, decode
 from searchr1_lite.rollout.decoding import greedy as likeliest
@@ -182,20 +180,33 @@ def _typed() -> Iterator[str]:
     print()
 
 
-def _word(text: str) -> str | tuple[str, object]:
-    """A setting if it looks like one, else a question."""
-    return setting(text) if re.match(r"\w+=", text) else text
+def answer_words(questions: list[str], profile: Profile, adapter: Path | None, sampled: bool = False) -> None:
+    """Answer the question, or without one those of standard input, a line each; Ctrl-D ends, Ctrl-C ends an answer.
+
+    What is wrong with one line ends none of the others. Raises UserError, and SystemExit with 1 after a bad line.
+    """
+    if len(questions) > 1:
+        raise QuestionError(f"one question at a time, in quotes; got {questions}")
+    for stream in (sys.stdin, sys.stdout):  # whatever bytes come, and whatever the terminal can show
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    policy, retriever = load_adapted(profile, adapter), load_retriever(profile)
+    answered = partial(ask, policy=policy, retriever=retriever, profile=profile, sampled=sampled, seed=profile.seed)
+    if questions:
+        answered(questions[0])
+    elif not _answer_lines(answered):
+        sys.exit(1)
 
 
 def _answer_lines(answered: Callable[[str], Answered]) -> bool:
-    """Answer the lines of standard input; what is wrong with one ends none of the others. Whether all were answered."""
+    """Whether all were answered."""
     person, well = sys.stdin.isatty(), True
     for line in _typed() if person else sys.stdin:
         try:
             if not person:
                 print(f"\nQ: {printable(line.strip())}", flush=True)
             answered(line)
-        except ERRORS as error:
+        except UserError as error:
             print(f"error: {printable(str(error))}", file=sys.stderr)
             well = person
         except KeyboardInterrupt:

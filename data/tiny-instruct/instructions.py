@@ -1,6 +1,6 @@
 """What the tiny instruct model is tuned on: every prompt of the package, answered cleanly.
 
-    python -m searchr1_lite.pretraining.instructions --out data/tiny-instruct      (make tiny-instruct)
+    python data/tiny-instruct/instructions.py --out data/tiny-instruct      (make tiny-instruct)
 
 A strategy (evaluation/strategies.py) is run with a teacher in the model's place, who knows the chain of facts and says
 what can be said: so prompts are the very ones of later, with passages that were really found. The teacher reads link
@@ -9,6 +9,7 @@ these, as the base's, are the whole of what it knows of searching: most of the t
 """
 
 import os
+import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +20,12 @@ from transformers import Qwen2ForCausalLM
 from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.evaluation import strategies
 from searchr1_lite.evaluation.strategies import STRATEGIES, Search, Write
-from searchr1_lite.pretraining.pretrain import Example, Examples, Mix, pretrain
-from searchr1_lite.pretraining.transcripts import Segment, Writer, need, query_for, state
 from searchr1_lite.rollout.protocol import encode_message, encode_prompt, render_prompt
 from searchr1_lite.tasks.toy_world import Fact, ask
+
+sys.path.insert(0, str(ROOT / "data/tiny-base"))
+from pretrain import Example, Examples, Mix, pretrain
+from transcripts import Segment, Writer, need, query_for, state
 
 HABITS = {"guess": 0.30, "one search": 0.50, "hop by hop": 0.20}  # of the prompts that let the model search
 SHARES = {"search_r1": 0.26, "search_o1": 0.20, "rag": 0.18, "ircot": 0.16, "inter": 0.10}  # of all that it is shown

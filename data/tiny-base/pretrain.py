@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tokenizer import train_tokenizer
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
+from transcripts import HABITS, PRACTICE_HABITS, Segment, Writer, state
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from searchr1_lite.pretraining.tokenizer import train_tokenizer
-from searchr1_lite.pretraining.transcripts import HABITS, PRACTICE_HABITS, Segment, Writer, state
 from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.rollout.protocol import encode_prompt
 from searchr1_lite.tasks.toy_world import ToyWorld
