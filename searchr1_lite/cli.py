@@ -209,11 +209,11 @@ def page(
 
 
 @report.command()
-def table(result: Annotated[Path, Argument(help="The result of an experiment on ways to answer.")], out: Stem) -> None:
+def table(folders: Annotated[list[Path], Argument(help="Comparisons of ways to answer.")], out: Stem) -> None:
     """Write the table of ways to answer (Markdown, CSV, LaTeX, PNG), with intervals and paired tests."""
-    from searchr1_lite.analysis.table import write_table
+    from searchr1_lite.analysis.table import report_table
 
-    write_table(result, out)
+    report_table(folders, out)
 
 
 @report.command()
