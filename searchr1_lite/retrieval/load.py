@@ -14,7 +14,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from searchr1_lite.config import ROOT, ConfigError, Profile, resolve_path, retriever_parts
+from searchr1_lite.config import PLUGIN, ROOT, ConfigError, Profile, resolve_path, retriever_parts
+from searchr1_lite.plugins import make_retriever
 from searchr1_lite.retrieval.build import build_index, open_index
 from searchr1_lite.retrieval.controls import Empty, Oracle, Random
 from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus
@@ -69,13 +70,8 @@ def _named(profile: Profile, passages: Sequence[Passage] | None, cache_dir: str 
             from searchr1_lite.retrieval.remote import RemoteRetriever
 
             return RemoteRetriever(name, token=os.environ.get(TOKEN))
-    if name.startswith("online:"):
-        with _optional("service"):
-            from searchr1_lite.retrieval.online import load_online
-
-            return load_online(name.removeprefix("online:"))
     parts = retriever_parts(name)
-    if passages is None and not all(part.startswith("index:") for part in parts):
+    if passages is None and not all(part.startswith("index:") or PLUGIN.fullmatch(part) for part in parts):
         passages = load_corpus(profile.corpus)
     if name == "random":
         return Random(passages, profile.seed)
@@ -91,6 +87,8 @@ def _named(profile: Profile, passages: Sequence[Passage] | None, cache_dir: str 
 
 def _index(profile: Profile, kind: str, passages: Sequence[Passage] | None, cache_dir: str | Path | None) -> Retriever:
     """Opened from its folder, after having been built there if need be; one process builds, others wait for it."""
+    if PLUGIN.fullmatch(kind):
+        return make_retriever(kind, profile)
     began, did = time.perf_counter(), "opened"
     if kind.startswith("index:"):
         folder = resolve_path(kind.removeprefix("index:"))

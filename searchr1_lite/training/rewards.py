@@ -9,9 +9,11 @@ counts as right format stay Search-R1's, so that rewards alone differ between ru
 
 import re
 from collections.abc import Sequence
+from math import isfinite
 from statistics import fmean
 
-from searchr1_lite.config import Profile
+from searchr1_lite.config import PLUGIN, Profile
+from searchr1_lite.plugins import PluginError, load_plugin
 from searchr1_lite.rollout.protocol import render_prompt
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.tasks.answers import ANSWER, exact_match, f1, last_answer, stands_in, substring_match
@@ -93,6 +95,8 @@ def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = Fa
     read as it stands, prompt, passages and all, as the original does. `progress`, the share of training that is done
     (0 to 1), matters to R1-Searcher's stages only.
     """
+    if PLUGIN.fullmatch(kind):
+        return plugin_reward(trajectory, kind)
     golden = trajectory.question.golden_answers
     prompt = render_prompt(trajectory.question.question) if reads_prompt else None
     quoted = "".join(turn.text + _quoted(turn.observation) for turn in trajectory.turns)
@@ -107,6 +111,17 @@ def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = Fa
     if kind == "autorefine":
         return autorefine_reward(f1(read, golden), trajectory)
     return {"exact_match": exact_match, "f1": f1, "substring_match": substring_match}[kind](read, golden)
+
+
+def plugin_reward(trajectory: Trajectory, name: str) -> float:
+    """What the function `module:name` returns for (trajectory, question); PluginError if it is no finite number."""
+    reward = load_plugin(name)(trajectory, trajectory.question)
+    try:
+        if isfinite(reward):
+            return float(reward)
+    except (TypeError, ValueError):
+        pass
+    raise PluginError(f"{name}: a reward must be a finite number, got {reward!r} for {trajectory.question.id!r}")
 
 
 def _quoted(observation: str) -> str:
