@@ -12,13 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
-import numpy as np
 import pytest
 from conftest import OverlapRetriever, original
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from serving import serving
 
+from searchr1_lite.cli import main
 from searchr1_lite.config import ROOT
 from searchr1_lite.retrieval import server
 from searchr1_lite.retrieval.corpus import join_contents
@@ -186,11 +186,11 @@ def metric(url: str, name: str) -> float:
 @pytest.mark.parametrize(
     ("body", "status", "reason"),
     [
-        (b"", 422, "EOF"),
+        (b"", 422, "body: Field required"),
         (b"queries=x", 422, "JSON"),
         (b"\xff\xfe", 422, "JSON"),
-        (b"[" * 100_000, 422, "recursion"),
-        ([], 422, "object"),
+        (b"[" * 100_000, 400, "parsing the body"),
+        ([], 422, "dictionary"),
         ({}, 422, "queries: Field required"),
         ({"queries": "one text"}, 422, "queries"),
         ({"queries": None}, 422, "queries"),
@@ -199,23 +199,23 @@ def metric(url: str, name: str) -> float:
         (b'{"queries": [NaN]}', 422, "queries.0"),
         (b'{"queries": ["x"], "topk": NaN}', 422, "topk"),
         (b'{"queries": ["x"], "topk": 1e999}', 422, "topk"),
-        (b'{"queries": ["x"], "topk": ' + b"9" * 400 + b"}", 422, "topk must be from 1 to 256"),
-        (b'{"queries": ["x"], "topk": ' + b"9" * 10_000 + b"}", 422, "number"),
+        (b'{"queries": ["x"], "topk": ' + b"9" * 400 + b"}", 422, "topk: Input should be less than or equal to 256"),
+        (b'{"queries": ["x"], "topk": ' + b"9" * 10_000 + b"}", 400, "parsing the body"),
         ({"queries": ["x"], "topk": -1}, 422, "topk"),
         ({"queries": ["x"], "topk": 257}, 422, "topk"),
         ({"queries": ["x"], "topk": 1.5}, 422, "topk"),
         ({"queries": ["x"], "topk": "three"}, 422, "topk"),
         ({"queries": ["x"], "return_scores": "perhaps"}, 422, "return_scores"),
-        (b'{"queries": ["\\ud800"]}', 422, "hex escape"),
-        ({"queries": ["fine", "x" * 100_000]}, 422, "queries.1: 100,000 characters; at most 20,000"),
-        ({"queries": ["x"] * 4097}, 422, "4,097 queries; at most 4,096"),
+        (b'{"queries": ["\\ud800"]}', 422, "queries.0: Input should be a valid string"),
+        ({"queries": ["fine", "x" * 100_000]}, 422, "queries.1: String should have at most 20000 characters"),
+        ({"queries": ["x"] * 4097}, 422, "queries: List should have at most 4096 items"),
         ({"queries": ["x"] * 4000, "topk": 17}, 422, "4,000 queries x topk 17"),
-        (b" " * (16 << 20) + b" {}", 413, "16,777,216 bytes"),
+        (b" " * (16 << 20) + b" {}", 413, "Content Too Large"),
     ],
 )
 def test_bad_input_is_refused_with_a_reason(world, body, status, reason):
     answer = ask(world, body)
-    assert answer.status_code == status and reason in answer.json()["detail"]
+    assert answer.status_code == status and reason in answer.text
     assert len(answer.content) < 300  # what was sent is not sent back
 
 
@@ -292,39 +292,17 @@ def test_health_and_metrics():
         assert metric(url, 'searchr1_request_seconds_bucket{le="30.0"}') == 3
 
 
-# Encoding on several threads
-
-
-def test_an_encoder_on_threads_gives_each_query_its_own_vector():
-    """Of a stub that knows lengths; never more than PART queries at once, and those of similar length."""
-    parts = []
-
-    def encode_queries(queries):
-        parts.append([len(query) for query in queries])
-        return np.array([[len(query), ord(query[0])] for query in queries], dtype=np.float32)
-
-    threaded = server.ThreadedEncoder(SimpleNamespace(name="stub", encode_queries=encode_queries))
-    for number in (1, 7, 8, 9, 50):
-        queries = [chr(97 + i % 26) * (1 + i * 7 % 50) for i in range(number)]
-        parts.clear()
-        assert threaded.encode_queries(queries).tolist() == [[len(query), ord(query[0])] for query in queries]
-        lengths = [length for part in sorted(parts, reverse=True) for length in part]
-        assert lengths == sorted(map(len, queries), reverse=True)
-        assert max(map(len, parts)) <= server.PART and len(parts) == -(-number // server.PART)
-    assert threaded.name == "stub"
-
-
 # The command
 
 SLOW = """
-import time
+import socket, time
 from searchr1_lite.retrieval import server
 from searchr1_lite.types import Hit, Passage
 class Slow:
     def search(self, queries, k):
         time.sleep(1)
         return [[Hit(Passage(q, q, q), 1.0)] for q in queries]
-server.serve(server.make_app(Slow()), server.bind("127.0.0.1", 0), "slow")
+server.serve(server.make_app(Slow()), socket.create_server(("127.0.0.1", 0)), "slow")
 """
 
 
@@ -349,37 +327,33 @@ def test_a_signal_stops_it_when_what_was_begun_is_finished():
         assert process.stdout.read() == process.stderr.read() == ""
 
 
-def run_main(monkeypatch, *arguments: str, token: str | None = None) -> str:
-    """What the command says when it gives up."""
-    monkeypatch.setattr(sys, "argv", ["server", "--index", "no-such-folder", *arguments])
+@pytest.mark.parametrize(
+    ("options", "token", "says"),
+    [
+        *(
+            ([f"--host={host}"], token, server.TOKEN)
+            for host in ("0.0.0.0", "::", "", "example.org")
+            for token in ("", None)
+        ),
+        *(([f"--host={host}"], None, "no-such-folder") for host in ("127.0.0.1", "127.0.0.2", "localhost")),
+        (["--host=0.0.0.0"], "s3cret", "no-such-folder"),
+        (["--host=no.such.host.invalid"], "s3cret", "Name or service not known|Temporary failure"),
+        (["--topk=0"], None, "2"),
+        (["--topk=257"], None, "2"),
+    ],
+)
+def test_what_stops_the_command_is_one_line(monkeypatch, options, token, says):
     monkeypatch.delenv(server.TOKEN, raising=False)
     if token is not None:
         monkeypatch.setenv(server.TOKEN, token)
-    with pytest.raises(SystemExit) as end:
-        server.main()
-    return str(end.value)
+    with pytest.raises(SystemExit, match=says) as end:
+        main(["serve", "no-such-folder", "--port=0", *options])
+    assert "s3cret" not in str(end.value) and "\n" not in str(end.value)
 
 
-def test_it_does_not_listen_wider_without_a_token(monkeypatch):
-    for host in ("0.0.0.0", "192.168.0.1", "::", "", "example.org"):
-        assert server.TOKEN in run_main(monkeypatch, "--host", host)
-        assert server.TOKEN in run_main(monkeypatch, "--host", host, token="")
-    for host in ("127.0.0.1", "127.0.0.2", "localhost"):
-        assert server.TOKEN not in run_main(monkeypatch, "--host", host, "--port", "0")
-    said = run_main(monkeypatch, "--host", "0.0.0.0", "--port", "0", token="s3cret")
-    assert "no-such-folder" in said and "s3cret" not in said
-
-
-def test_what_stops_the_command_is_one_line(monkeypatch, capsys):
-    with server.bind("127.0.0.1", 0) as taken:
-        taken.listen()
-        port = taken.getsockname()[1]
-        said = run_main(monkeypatch, "--port", str(port))
-        assert (
-            said == f"error: cannot listen on 127.0.0.1:{port}: Address already in use; name another --port or --host"
-        )
-    assert "no-such-folder" in run_main(monkeypatch, "--port", "0")
-    assert run_main(monkeypatch, "--topk", "0") == "2" and "--topk must be from 1 to 256" in capsys.readouterr().err
+def test_a_port_that_is_taken():
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit, match="Address already in use"):
+        main(["serve", "no-such-folder", "--port", str(taken.getsockname()[1])])
 
 
 def test_the_command_serves_indexes_fused(tmp_path):
@@ -387,9 +361,8 @@ def test_the_command_serves_indexes_fused(tmp_path):
 
     for name, passages in (("one", PASSAGES), ("two", PASSAGES)):
         build_index(passages, tmp_path / name, "bm25")
-    command = [sys.executable, "-m", "searchr1_lite.retrieval.server", "--port", "0", "--topk", "1"]
-    for name in ("one", "two"):
-        command += ["--index", str(tmp_path / name)]
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    command = [sys.executable, "-m", "searchr1_lite", "serve", *folders, "--port", "0", "--topk", "1"]
     environment = os.environ | {server.TOKEN: "t0ken"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
     try:

@@ -1,6 +1,4 @@
-"""The search service: an index behind the HTTP API of Search-R1, so that it, verl and SkyRL can ask it unchanged.
-
-    python -m searchr1_lite.retrieval.server --index FOLDER
+"""The search service: indexes behind the HTTP API of Search-R1, so that it, verl and SkyRL can ask them unchanged.
 
 `POST /retrieve {"queries": [...], "topk": 3, "return_scores": true}` is answered as by the original's
 search_r1/search/retrieval_server.py, and without scores too, where that crashes. What differs: a blank query finds
@@ -14,27 +12,27 @@ import asyncio
 import hmac
 import json
 import logging
+import os
 import signal
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import numpy as np
 import uvicorn
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect
+from pydantic import BaseModel, Field
 
+from searchr1_lite.errors import UserError
 from searchr1_lite.retrieval.batching import Batcher
 from searchr1_lite.retrieval.corpus import join_contents
-from searchr1_lite.retrieval.load import TOKEN
-from searchr1_lite.retrieval.manifest import MANIFEST
+from searchr1_lite.retrieval.remote import TOKEN, is_loopback
 from searchr1_lite.types import Hit, QueryRefusedError, RetrievalError, Retriever
 
 MAX_QUERIES = 4096  # in a request; Search-R1 sends the 512 x 5 of a training step in one
@@ -43,46 +41,30 @@ MAX_K = 256
 MAX_HITS = 1 << 16  # queries x topk: about 50 MB of answer
 MAX_BODY = 16 << 20  # bytes
 MAX_WAITING = 4 * MAX_QUERIES  # queries begun or queued; beyond, clients are told to come again
-PART = 8  # queries that one thread encodes at once; of 8, 16 and 64, 8 took the least time of a core
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-REFUSALS = {401: "no token", 413: "too large", 422: "refused", 500: "the search failed", 503: "overloaded"}
 
 log = logging.getLogger("uvicorn.error")
 
 
-class Asked(BaseModel):
+class SearchRequest(BaseModel):
     """The body of a request. As in the original, other fields are ignored and numbers may be written as strings."""
 
-    queries: list[str]
-    topk: int | None = None  # None or 0: the server's default
+    queries: list[Annotated[str, Field(max_length=MAX_CHARACTERS)]] = Field(max_length=MAX_QUERIES)
+    topk: int | None = Field(None, ge=0, le=MAX_K)  # None or 0: the server's default
     return_scores: bool = False
 
 
 class Metrics:
-    """What `/metrics` shows. As a middleware, it counts and times the requests to `/retrieve`."""
+    """What `/metrics` shows."""
 
     def __init__(self) -> None:
-        self.registry = of = CollectorRegistry()
-        self.requests = Counter("searchr1_requests", "Requests to /retrieve", ["status"], registry=of)
-        self.queries = Counter("searchr1_queries", "Queries taken", registry=of)
-        self.waiting = Gauge("searchr1_waiting_queries", "Queries begun or queued", registry=of)
-        self.batches = Histogram("searchr1_batch_queries", "Queries in a search", registry=of, buckets=BATCH_SIZES)
-        self.seconds = Histogram("searchr1_request_seconds", "Until the answer", registry=of, buckets=SECONDS)
-
-    def __call__(self, app: Any) -> Any:
-        async def counted(scope: dict, receive: Any, send: Any) -> None:
-            start = time.perf_counter()
-
-            async def watched(message: dict) -> None:
-                if message["type"] == "http.response.start":
-                    self.requests.labels(message["status"]).inc()
-                    self.seconds.observe(time.perf_counter() - start)
-                await send(message)
-
-            await app(scope, receive, watched if scope.get("path") == "/retrieve" else send)
-
-        return counted
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter("searchr1_requests", "Requests to /retrieve", ["status"], registry=registry)
+        self.queries = Counter("searchr1_queries", "Queries taken", registry=registry)
+        self.waiting = Gauge("searchr1_waiting_queries", "Queries begun or queued", registry=registry)
+        self.batches = Histogram("searchr1_batch_queries", "In a search", registry=registry, buckets=BATCH_SIZES)
+        self.seconds = Histogram("searchr1_request_seconds", "Until the answer", registry=registry, buckets=SECONDS)
 
 
 class Distinct:
@@ -94,8 +76,8 @@ class Distinct:
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         self.metrics.batches.observe(len(queries))
         distinct = list(dict.fromkeys(queries))
-        found = dict(zip(distinct, self.retriever.search(distinct, k), strict=True))
-        return [found[query] for query in queries]
+        hits = dict(zip(distinct, self.retriever.search(distinct, k), strict=True))
+        return [hits[query] for query in queries]
 
 
 def make_app(
@@ -118,34 +100,41 @@ def make_app(
         yield
         batcher.close()  # called when every request is answered
 
-    async def authorize(request: Request) -> None:
-        given = request.headers.get("authorization", "").encode("latin-1")
-        if token and not hmac.compare_digest(given, f"Bearer {token}".encode()):
-            raise HTTPException(401, f"send the server's {TOKEN} as a bearer token", {"WWW-Authenticate": "Bearer"})
+    app = FastAPI(title="searchr1_lite", version=version("searchr1_lite"), lifespan=lifespan, max_body_size=MAX_BODY)
 
-    app = FastAPI(
-        title="searchr1_lite",
-        version=version("searchr1_lite"),
-        lifespan=lifespan,
-        dependencies=[Depends(authorize)],
-        responses={status: {"description": what} for status, what in REFUSALS.items()},
-    )
-    app.add_middleware(metrics)
-    schema = {"content": {"application/json": {"schema": Asked.model_json_schema()}}, "required": True}
+    @app.middleware("http")
+    async def watch(request: Request, answer: Callable) -> Response:
+        start, sent = time.perf_counter(), request.headers.get("authorization", "").encode("latin-1")
+        if token and not hmac.compare_digest(sent, f"Bearer {token}".encode()):
+            detail = {"detail": f"send the server's {TOKEN} as a bearer token"}
+            response = JSONResponse(detail, 401, {"WWW-Authenticate": "Bearer"})
+        else:
+            response = await answer(request)
+        if request.url.path == "/retrieve":
+            metrics.requests.labels(response.status_code).inc()
+            metrics.seconds.observe(time.perf_counter() - start)
+        return response
 
-    @app.post("/retrieve", openapi_extra={"requestBody": schema})
-    async def retrieve(request: Request) -> Response:
+    @app.exception_handler(RequestValidationError)
+    async def refuse(_: Request, error: RequestValidationError) -> Response:
+        """What is wrong, without what was sent, which FastAPI would send back."""
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"][1:])) or "body"
+        return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
+
+    @app.post("/retrieve")
+    async def retrieve(request: SearchRequest) -> Response:
         nonlocal waiting
-        asked = parse(await read_body(request))
-        queries, k = asked.queries, asked.topk or topk
-        check_bounds(queries, k)
+        queries, k = request.queries, request.topk or topk
+        if len(queries) * k > MAX_HITS:
+            raise HTTPException(422, f"{len(queries):,} queries x topk {k}: at most {MAX_HITS:,} passages in a request")
         if waiting and waiting + len(queries) > max_waiting:
             raise HTTPException(503, f"{waiting} queries are waiting already; come again", {"Retry-After": "1"})
         waiting += len(queries)
         metrics.waiting.set(waiting)
         metrics.queries.inc(len(queries))
         try:
-            found = await asyncio.gather(*map(asyncio.wrap_future, batcher.ask(queries, k)))
+            hits = await asyncio.gather(*map(asyncio.wrap_future, batcher.ask(queries, k)))
         except QueryRefusedError as error:
             raise HTTPException(422, str(error)) from None
         except RetrievalError as error:
@@ -154,7 +143,7 @@ def make_app(
         finally:
             waiting -= len(queries)
             metrics.waiting.set(waiting)
-        return Response(write_answer(found, asked.return_scores), media_type="application/json")
+        return Response(write_answer(hits, request.return_scores), media_type="application/json")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -167,139 +156,59 @@ def make_app(
     return app
 
 
-async def read_body(request: Request) -> bytes:
-    """The body, of which no more than MAX_BODY bytes are ever held."""
-    body = bytearray()
-    try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY:
-                raise HTTPException(413, f"the body has more than {MAX_BODY:,} bytes; send fewer queries at once")
-    except ClientDisconnect:
-        raise HTTPException(400, "the client left before it had sent its request") from None
-    return bytes(body)
-
-
-def parse(body: bytes) -> Asked:
-    try:
-        return Asked.model_validate_json(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        raise HTTPException(422, f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}") from None
-
-
-def check_bounds(queries: list[str], k: int) -> None:
-    """Refuses, with a 422, what is more than one request may ask."""
-    reason = None
-    if len(queries) > MAX_QUERIES:
-        reason = f"{len(queries):,} queries; at most {MAX_QUERIES:,} in a request"
-    elif not 1 <= k <= MAX_K:
-        reason = f"topk must be from 1 to {MAX_K}"
-    elif len(queries) * k > MAX_HITS:
-        reason = f"{len(queries):,} queries x topk {k}: at most {MAX_HITS:,} passages in a request"
-    elif too_long := [i for i, query in enumerate(queries) if len(query) > MAX_CHARACTERS]:
-        i = too_long[0]
-        reason = f"queries.{i}: {len(queries[i]):,} characters; at most {MAX_CHARACTERS:,} in a query"
-    if reason:
-        raise HTTPException(422, reason)
-
-
-def write_answer(found: list[list[Hit]], with_scores: bool) -> bytes:
+def write_answer(results: list[list[Hit]], with_scores: bool) -> bytes:
     """The original's JSON, byte for byte as FastAPI writes it there, without its detour over response models."""
 
-    def document(hit: Hit) -> dict[str, str]:
-        return {"id": hit.passage.id, "contents": join_contents(hit.passage)}
+    def one(hit: Hit) -> dict[str, Any]:
+        document = {"id": hit.passage.id, "contents": join_contents(hit.passage)}
+        return {"document": document, "score": hit.score} if with_scores else document
 
-    if with_scores:
-        result: list = [[{"document": document(hit), "score": hit.score} for hit in hits] for hits in found]
-    else:
-        result = [[document(hit) for hit in hits] for hits in found]
-    return json.dumps({"result": result}, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    answer = {"result": [[one(hit) for hit in hits] for hits in results]}
+    return json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-class ThreadedEncoder:
-    """An encoder on a CPU, for many short queries: each of torch's threads encodes a few of similar length.
-
-    That torch's threads share every matrix product instead is slower for so few words, and many times slower where
-    other work keeps one of them waiting.
-    """
-
-    def __init__(self, encoder: Any) -> None:
-        import torch
-
-        self.encoder = encoder
-        encoder.encode_queries(["first"])  # a tokenizer's first call settles how it pads, which two must not do at once
-        self.pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.encoder, name)
-
-    def encode_queries(self, queries: list[str]) -> np.ndarray:
-        longest_first = sorted(range(len(queries)), key=lambda i: -len(queries[i]))
-        parts = [longest_first[start : start + PART] for start in range(0, len(queries), PART)]
-        encoded = self.pool.map(lambda part: self.encoder.encode_queries([queries[i] for i in part]), parts)
-        return np.concatenate(list(encoded))[np.argsort(longest_first)]
-
-
-def open_for_service(folder: Path) -> Retriever:
+def load_indexes(folders: list[Path], rerank: str | None) -> tuple[Retriever, list[dict[str, Any]]]:
+    """The retriever over one index folder, or over several fused, and what `/health` says of each."""
     from searchr1_lite.retrieval.build import open_index
+    from searchr1_lite.retrieval.hybrid import Hybrid
+    from searchr1_lite.retrieval.rerank import Reranked, load_reranker
 
-    retriever = open_index(folder)
-    encoder = getattr(retriever, "encoder", None)
-    if encoder and encoder.model.device.type == "cpu":
-        return replace(retriever, encoder=ThreadedEncoder(encoder))
-    return retriever
-
-
-def load(folders: list[Path], rerank: str | None) -> tuple[Retriever, dict[str, Any]]:
-    """The retriever over one index folder, or over several fused, and what `/health` says of them."""
-    retriever, *others = [open_for_service(folder) for folder in folders]
-    if others:
-        from searchr1_lite.retrieval.hybrid import Hybrid
-
-        retriever = Hybrid([retriever, *others])
-    if rerank:
-        from searchr1_lite.retrieval.rerank import Reranked, load_reranker
-
-        retriever = Reranked(retriever, load_reranker(rerank))
-    manifests = [json.loads((folder / MANIFEST).read_text(encoding="utf-8")) for folder in folders]
+    retrievers = [open_index(folder) for folder in folders]
+    manifests = [json.loads((folder / "manifest.json").read_text(encoding="utf-8")) for folder in folders]
     shown = ("kind", "passages", "corpus_checksum", "encoder", "versions")
-    indexes = [
+    about = [
         {"folder": folder.name} | {key: manifest[key] for key in shown if key in manifest}
         for folder, manifest in zip(folders, manifests, strict=True)
     ]
-    return retriever, {"indexes": indexes, "reranker": rerank, "version": version("searchr1_lite")}
-
-
-class _Announced(uvicorn.Server):
-    """Says one line when it takes requests."""
-
-    def __init__(self, config: uvicorn.Config, line: str) -> None:
-        super().__init__(config)
-        self.line = line
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        print(self.line, flush=True)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """The address, taken but not yet listening; raises OSError with a message for people."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; name another --port or --host") from None
-    return listener
+    retriever = retrievers[0] if len(retrievers) == 1 else Hybrid(retrievers)
+    return Reranked(retriever, load_reranker(rerank)) if rerank else retriever, about
 
 
 def serve(app: FastAPI, listener: socket.socket, what: str) -> None:
     """Until SIGTERM or SIGINT; then what was begun is finished."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # uvicorn takes them over, and at its end raises them once more
     host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    for one in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(one, signal.SIG_IGN)  # uvicorn takes them over, and at its end raises them once more
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}/retrieve serves {what}", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=60)
-    _Announced(config, f"{url}/retrieve serves {what}").run(sockets=[listener])
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def serve_folders(
+    folders: list[Path], rerank: str | None = None, host: str = "127.0.0.1", port: int = 8000, topk: int = 3
+) -> None:
+    """Serve index folders, fused if there are several, until a signal; the token is the environment's SEARCHR1_TOKEN.
+
+    Prints one line when it takes requests. Raises UserError for an address that others reach without a token.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads of torch and FAISS, loaded later, wait busily
+    token = os.environ.get(TOKEN)
+    if not is_loopback(host) and not token:
+        raise UserError(f"{host} can be reached by others; set {TOKEN} to a secret that clients must send")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=2048) as listener:  # who comes early waits
+        retriever, about = load_indexes(folders, rerank)
+        app = make_app(
+            retriever, topk, {"indexes": about, "reranker": rerank, "version": version("searchr1_lite")}, token
+        )
+        serve(app, listener, "; ".join(f"{i['folder']} ({i['kind']}, {i['passages']:,} passages)" for i in about))
