@@ -80,7 +80,7 @@ def test_a_service_gets_the_token_of_the_environment(monkeypatch):
     [
         ({"retriever": "http://"}, None),
         ({"retriever": "http://:80"}, "is no address"),
-        ({"retriever": "online:nowhere.yaml"}, "neither 'serpapi' nor"),
+        ({"retriever": "http://x:port"}, "is no address"),
         ({"retriever": "empty", "reranker": "nowhere/to-be-found"}, "reranker 'nowhere/to-be-found'"),
     ],
 )
