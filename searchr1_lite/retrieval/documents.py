@@ -1,6 +1,6 @@
 """Your own documents as a corpus: text, Markdown, HTML and JSONL, cut into passages of about 100 words as wiki-18 has.
 
-`python -m searchr1_lite.retrieval.documents notes/ page.html --out corpus.jsonl` writes rows `{"id", "contents"}`,
+`searchr1 index documents notes/ page.html --out corpus.jsonl` writes rows `{"id", "contents"}`,
 which `corpus.read_corpus` reads and the original's tools too. Ids are the file's path below the folder that all files
 share, and a number: "notes/rome.md#3". Titles are the page's, the first heading, the row's, or else the file's name.
 No word is lost but what trafilatura takes for a page's menus, and its comments. Markdown keeps its marks. Left out:
@@ -36,26 +36,21 @@ class DocumentError(UserError):
 
 
 def find_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """The files, and all files in the folders, in the order of their paths; DocumentError if one cannot be used."""
+    """The files, and all files in the folders, in the order of their paths; DocumentError for one of another type."""
 
     def stop(error: OSError) -> None:
-        raise DocumentError(f"the folder {error.filename} cannot be read ({error.strerror})")
+        raise error
 
-    found: set[Path] = set()
+    files: set[Path] = set()
     for path in (Path(os.path.abspath(path)) for path in paths):
-        walked = os.walk(path, onerror=stop, followlinks=True)
-        files = [Path(folder, name) for folder, _, names in walked for name in names] if path.is_dir() else [path]
-        if not files:
-            raise DocumentError(f"{path}: there are no files in this folder")
-        found.update(files)
-    for file in found:
-        if not file.is_file():
-            raise DocumentError(f"{file}: there is no such file")
+        folders = os.walk(path, onerror=stop, followlinks=True)
+        files.update(
+            [Path(folder, name) for folder, _, names in folders for name in names] if path.is_dir() else [path]
+        )
+    for file in files:
         if not file.name.lower().endswith(SUPPORTED):
             raise DocumentError(f"{file}: not a type that can be read; there are {', '.join(SUPPORTED)}")
-        if any("\ud800" <= character <= "\udfff" for character in str(file)):
-            raise DocumentError(f"{str(file)!a}: the name is not UTF-8; rename it")
-    return sorted(found)
+    return sorted(files)
 
 
 def cut(text: str, words: int = WORDS) -> list[str]:
@@ -82,14 +77,14 @@ def passages_of(file: Path, name: str, words: int = WORDS) -> Iterator[Passage]:
             raise DocumentError(f"{where}: there is no text in it")
         for passage in cut(text, words):
             number += 1
-            yield Passage(f"{name}#{number}", " ".join(title.split()) or file.name, passage)
+            yield Passage(f"{name}#{number}", " ".join(title.split()) or Path(name).name, passage)
 
 
 def write_corpus(paths: Iterable[str | os.PathLike], out: Path, words: int = WORDS) -> int:
     """Write the passages of all documents to `out`, whole or not at all; returns how many. Raises DocumentError."""
-    files = find_files(paths)
-    if words < 1 or out.suffix != ".jsonl" or Path(os.path.abspath(out)) in files:
-        raise DocumentError(f"{out}, {words} words: it must be a .jsonl, none of the documents, and at least 1 word")
+    files = [file for file in find_files(paths) if file != Path(os.path.abspath(out))]
+    if not files:
+        raise DocumentError(f"no documents in {', '.join(map(str, paths))}")
     base = Path(os.path.commonpath([file.parent for file in files]))
     beside = out.with_name(out.name + ".new")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +92,8 @@ def write_corpus(paths: Iterable[str | os.PathLike], out: Path, words: int = WOR
     try:
         with beside.open("w", encoding="utf-8", newline="\n") as to:
             for file in tqdm(files, unit="file", disable=None):  # None: only where a person looks on
-                for passage in passages_of(file, file.relative_to(base).as_posix(), words):
+                name = os.fsencode(file.relative_to(base).as_posix()).decode(errors="replace")
+                for passage in passages_of(file, name, words):
                     count += 1
                     row = {"id": passage.id, "contents": join_contents(passage)}
                     to.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -134,10 +130,8 @@ def _page(file: Path) -> tuple[str, str]:
     data = file.read_bytes()
     declared = re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", data[:4096], re.IGNORECASE)
     page = _decoded(file, data, declared[1].decode() if declared else "utf-8-sig")
-    found = _optional("trafilatura").extract_with_metadata(page, include_comments=False)
-    if not found or not (found.text or "").strip():
-        raise DocumentError(f"{file}: trafilatura finds no text in this page; save what you want of it as .txt or .md")
-    return found.title or "", found.text
+    article = _optional("trafilatura").extract_with_metadata(page, include_comments=False)
+    return (article.title or "", article.text or "") if article else ("", "")
 
 
 def _decoded(file: Path, data: bytes, charset: str) -> str:
