@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from searchr1_lite.cli import main
 from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.retrieval import encoders, load, subset
 from searchr1_lite.retrieval.corpus import join_contents, load_corpus
 from searchr1_lite.retrieval.encoders import Encoder, EncoderError
 from searchr1_lite.retrieval.load import load_retriever
-from searchr1_lite.retrieval.subset import AnswerSearch, sample_rest, things_needed, word_weights, words_of
+from searchr1_lite.retrieval.subset import AnswerSearch, sample_rest, things_needed, word_weights
 from searchr1_lite.tasks.questions import load_questions, read_questions
 from searchr1_lite.types import Passage, Question
 
@@ -104,15 +105,15 @@ def made(tmp_path: Path, monkeypatch, capsys):
     write_rows(tmp_path / "questions.jsonl.gz", QUESTIONS)
 
     def run(*arguments: object) -> str:
-        standard = ["--corpus", tmp_path / "corpus.jsonl", "--questions", tmp_path / "questions.jsonl.gz"]
-        standard += ["--out", tmp_path / "sub", "--distractors", 2]
-        monkeypatch.setattr("sys.argv", ["subset", *map(str, [*standard, *arguments])])
-        try:
-            subset.main()
-        except SystemExit as stop:
-            return str(stop.code)
-        return capsys.readouterr().out
+        # of arguments that stand twice, the command takes the later
+        standard = ["--out", tmp_path / "sub", "--distractors", 2]
+        given = list(arguments)
+        places = [given.pop(0) if given and isinstance(given[0], Path) else default for default in files]
+        with pytest.raises(SystemExit) as stop:
+            main(["index", "subset", *map(str, [*places, *standard, *given])])
+        return str(stop.value.code) if stop.value.code else capsys.readouterr().out
 
+    files = [tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl.gz"]
     return run
 
 
@@ -182,11 +183,11 @@ def test_the_questions_come_along_with_their_splits(made, tmp_path) -> None:
     for split in ("train", "test"):
         row = {"question": "Who?", "golden_answers": ["A"], "metadata": {}}
         write_rows(tmp_path / f"ten/{split}.jsonl", [{"id": f"{split}{i}"} | row for i in range(10)])
-    made("--questions", tmp_path / "ten", "--split", "train+test", "--limit", 7)
+    made(tmp_path / "corpus.jsonl", tmp_path / "ten", "--split", "train+test", "--limit", 7)
     for split in ("train", "test"):
         keys = [question.id for question in load_questions(str(tmp_path / "sub/questions.jsonl.gz"), split)]
         assert len(keys) == 7 and all(key.startswith(split) for key in keys)
-    assert "share ids" in made("--questions", tmp_path / "ten", "--split", "test+test")
+    assert "share ids" in made(tmp_path / "corpus.jsonl", tmp_path / "ten", "--split", "test+test")
 
 
 @pytest.mark.parametrize("wrong", [("--distractors", -1), ("--per-question", 0), ("--limit", 0)])
@@ -198,8 +199,7 @@ def test_numbers_that_cannot_be_are_refused(made, tmp_path, wrong, capsys) -> No
 def test_an_older_record_does_not_stay_beside_a_new_corpus(made, tmp_path, monkeypatch) -> None:
     made()
     monkeypatch.setattr(subset, "load_retriever", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        made("--seed", 1)
+    assert made("--seed", 1) == "130"
     assert not (tmp_path / "sub/subset.json").exists()
 
 
@@ -273,7 +273,6 @@ def test_without_the_encoder_it_says_what_to_fetch(made, tmp_path, monkeypatch) 
     monkeypatch.setattr(subset, "load_encoder", missing)
     said = made("--index", tmp_path / "big.index")
     assert said.startswith("error: encoder 'intfloat/e5-base-v2': not here")
-    assert "fetch it once, or name its folder with --encoder" in said
 
 
 @pytest.mark.parametrize("line", ["{", '{"id": "5"}', '{"id": "5", "contents": 3}', ""])
@@ -283,16 +282,6 @@ def test_a_broken_line_is_named_and_nothing_is_left(made, tmp_path, line) -> Non
     (tmp_path / "corpus.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert f"error: {tmp_path / 'corpus.jsonl'}:6: " in made()
     assert not (tmp_path / "sub").exists()
-
-
-@given(st.text())
-def test_words_are_those_of_the_regular_expression(text: str) -> None:
-    assert words_of(text) == re.findall(r"\w+", text.lower())
-
-
-@given(st.text(alphabet=st.characters(max_codepoint=127)))
-def test_words_of_ascii(text: str) -> None:
-    assert words_of(text) == re.findall(r"\w+", text.lower())
 
 
 WORDS = st.lists(st.sampled_from(["a", "the", "moon", "sea", "red", "1972", "von", "it"]), min_size=1, max_size=6)
@@ -335,15 +324,6 @@ def test_the_quick_search_finds_what_the_slow_one_finds(texts: list[str], asked:
         assert [-row for _, row in sorted(best, reverse=True)] == slow_search(passages, question, keep)
 
 
-def test_light_words_together_still_beat_a_heavy_one() -> None:
-    """0.3 + 0.3 beats 0.4, so with 0.4 as the best so far only one of the two light words may be passed over."""
-    weights = {"red": 0.3, "sea": 0.3, "moon": 0.4, "it": 1.0}
-    search = AnswerSearch([Question("q", "red sea moon", ("it",))], weights, keep=1)
-    for row, text in enumerate(["it moon", "it red", "it red sea", "it moon"]):
-        search.look(row, Passage(str(row), "", text))
-    assert search.best == [[(0.6, -2)]]
-
-
 @given(st.integers(0, 40), st.sets(st.integers(0, 39)), st.integers(0, 50), st.integers(0, 9))
 def test_distractors_are_rows_of_the_rest(total: int, needed: set[int], number: int, seed: int) -> None:
     needed = {row for row in needed if row < total}
@@ -367,7 +347,7 @@ def test_hotpotqa(tmp_path, made) -> None:
     for number, row in enumerate(rows):
         del row["metadata"]["gold_ids" if number % 2 else "supporting_titles"]
     questions = write_rows(tmp_path / "hotpot.jsonl", rows)
-    made("--corpus", HOTPOT / "corpus.jsonl.gz", "--questions", questions, "--distractors", 300)
+    made(HOTPOT / "corpus.jsonl.gz", questions, "--distractors", 300)
     passages = load_corpus(str(tmp_path / "sub/corpus.jsonl.gz"))
     assert needed <= {passage.id for passage in passages}
     made_of = record(tmp_path)

@@ -1,14 +1,13 @@
 """A corpus that fits a laptop, cut out of a big one: the passages that a question set needs, and distractors.
 
-`python -m searchr1_lite.retrieval.subset --corpus C --questions Q --out FOLDER` streams the corpus three or four times
-and never holds it in memory. A question needs the passages that its metadata names by id, and all those of the articles
-that it names by title. For one that names none (NQ, TriviaQA, PopQA, Bamboogle) the passages stand in that hold a
-golden answer and share most with the question. That is a guess, and a first hop that does not hold the answer is not
-looked for; `subset.json` says what was found for each question, and for which nothing was. The questions stand beside
-the corpus, with their splits, so that a run asks those that its corpus was made for.
+`searchr1 index subset CORPUS QUESTIONS --out FOLDER` streams the corpus three or four times and never holds it in
+memory. A question needs the passages that its metadata names by id, and all those of the articles that it names by
+title. For one that names none (NQ, TriviaQA, PopQA, Bamboogle) the passages stand in that hold a golden answer and
+share most with the question. That is a guess, and a first hop that does not hold the answer is not looked for;
+`subset.json` says what was found for each question, and for which nothing was. The questions stand beside the corpus,
+with their splits, so that a run asks those that its corpus was made for.
 """
 
-import argparse
 import gzip
 import heapq
 import html
@@ -20,9 +19,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -39,20 +36,12 @@ from searchr1_lite.tasks.questions import QuestionError, load_questions, read_qu
 from searchr1_lite.types import Passage, Question
 
 E5 = "intfloat/e5-base-v2"  # the encoder of Search-R1's index
-WORD = re.compile(r"\w+")
-BLANKED = bytes(byte if re.match(rb"\w", bytes([byte])) else 32 for byte in range(256))
 ARTICLES = {"a", "an", "the"}  # exact match does not count them either
 
 
-def words_of(text: str) -> list[str]:
-    r"""The words (`\w+`) of a text in order, in lower case."""
-    text = text.lower()
-    # most passages are pure ASCII, and cutting those at blanks is four times as fast
-    return text.encode().translate(BLANKED).decode().split() if text.isascii() else WORD.findall(text)
-
-
 def content_words(text: str) -> list[str]:
-    return [word for word in words_of(text) if word not in ARTICLES]
+    r"""The words (`\w+`) of a text in order, in lower case, without articles."""
+    return [word for word in re.findall(r"\w+", text.lower()) if word not in ARTICLES]
 
 
 def title_key(title: str) -> str:
@@ -74,22 +63,18 @@ def things_needed(question: Question) -> list[str]:
     return ids + [f"title {title_key(title)}" for title in titles] or ["answers"]
 
 
-def stream(corpus: Path, doing: str, total: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`read_rows` with progress."""
-    return tqdm(read_rows(corpus, CorpusError, "corpus"), doing, total, unit=" passages", mininterval=1)
-
-
-def passages_of(corpus: Path, doing: str, total: int) -> Iterator[Passage]:
-    """Every passage in order; unlike `read_corpus` it remembers no ids, which for wiki-18 would take gigabytes."""
-    return (passage_of(row, where) for where, row in stream(corpus, doing, total))
+def passages_of(corpus: Path) -> Iterator[Passage]:
+    """Every passage in order, with progress; unlike `read_corpus` it remembers no ids, gigabytes for wiki-18."""
+    rows = tqdm(read_rows(corpus, CorpusError, "corpus"), "reading", unit=" passages", mininterval=1)
+    return (passage_of(row, where) for where, row in rows)
 
 
 def word_weights(passages: Iterable[Passage], total: int, questions: list[Question]) -> dict[str, float]:
-    """log(passages / passages with the word), for each word of the questions and answers that the corpus has."""
+    """log(`total` passages / passages with the word), for each word of the questions and answers that the corpus has."""
     vocabulary = {word for q in questions for text in (q.question, *q.golden_answers) for word in content_words(text)}
     counts = Counter()
     for passage in passages:
-        counts.update(vocabulary.intersection(words_of(f"{passage.title}\n{passage.text}")))
+        counts.update(vocabulary.intersection(content_words(f"{passage.title}\n{passage.text}")))
     return {word: math.log(total / count) for word, count in counts.items()}
 
 
@@ -102,56 +87,38 @@ class AnswerSearch:
     def __init__(self, questions: list[Question], weights: dict[str, float], keep: int) -> None:
         self.weights, self.keep = weights, keep
         self.best: list[list[tuple[float, int]]] = [[] for _ in questions]  # heaps of (score, -row)
-        self.asked = [
-            sorted(weights.keys() & content_words(q.question), key=lambda w: (weights[w], w)) for q in questions
-        ]
-        self.telling = [frozenset(words) for words in self.asked]  # a passage with none of them is not among the best
+        self.words = [sorted(weights.keys() & content_words(q.question), key=weights.get) for q in questions]
         self.by_word = defaultdict(list)  # an answer is looked at only where its rarest word stands
         for i, question in enumerate(questions):
             for words in map(content_words, question.golden_answers):
                 if words and weights.keys() >= set(words):
-                    entry = (i, frozenset(words), f" {' '.join(words)} " if len(words) > 1 else "")
-                    self.by_word[max(words, key=weights.__getitem__)].append(entry)
+                    self.by_word[max(words, key=weights.get)].append((i, f" {' '.join(words)} "))
 
     def look(self, row: int, passage: Passage) -> None:
-        words = words_of(f"{passage.title}\n{passage.text}")
-        present, plain, held = set(words), "", set()
-        for word in self.by_word.keys() & present:
-            for i, answer, phrase in self.by_word[word]:
-                if self.telling[i].isdisjoint(present) or not answer <= present:
-                    continue
-                if phrase:
-                    plain = plain or f" {' '.join([word for word in words if word not in ARTICLES])} "
-                if phrase in plain:
-                    held.add(i)
-        for i in held:
-            self._add(i, sum([self.weights[word] for word in self.asked[i] if word in present]), row)
-
-    def _add(self, i: int, score: float, row: int) -> None:
-        heap = self.best[i]
-        if score <= 0 or (len(heap) == self.keep and score <= heap[0][0]):
-            return
-        (heapq.heappush if len(heap) < self.keep else heapq.heapreplace)(heap, (score, -row))
-        if len(heap) == self.keep:  # the lightest words that even together do not beat the worst of the best
-            sums = accumulate(self.weights[word] for word in self.asked[i])
-            self.telling[i] = frozenset(self.asked[i][sum(total <= heap[0][0] for total in sums) :])
+        words = content_words(f"{passage.title}\n{passage.text}")
+        present, text = set(words), f" {' '.join(words)} "
+        for i in {i for word in self.by_word.keys() & present for i, answer in self.by_word[word] if answer in text}:
+            if (score := sum(self.weights[word] for word in self.words[i] if word in present)) > 0:
+                heapq.heappush(self.best[i], (score, -row))
+                if len(self.best[i]) > self.keep:
+                    heapq.heappop(self.best[i])
 
 
 def find_needed(corpus: Path, total: int, questions: list[Question], per_question: int) -> list[dict[str, list[int]]]:
     """For each question, the rows (from 0) of each thing that it needs; none for what the corpus lacks."""
     needs = [{thing: [] for thing in things_needed(question)} for question in questions]
-    rows_of = defaultdict(list)
-    for its in needs:
-        for thing, rows in its.items():
+    rows_of = defaultdict(list)  # of each thing, the lists of rows that are filled with it
+    for things in needs:
+        for thing, rows in things.items():
             rows_of[thing].append(rows)
-    asked = [question for question, its in zip(questions, needs, strict=True) if "answers" in its]
-    weights = word_weights(passages_of(corpus, "weighing words", total), total, asked) if asked else {}
-    search = AnswerSearch(asked, weights, per_question)
-    for row, passage in enumerate(passages_of(corpus, "finding passages", total)):
+    unnamed = [question for question, things in zip(questions, needs, strict=True) if "answers" in things]
+    weights = word_weights(passages_of(corpus), total, unnamed) if unnamed else {}
+    search = AnswerSearch(unnamed, weights, per_question)
+    for row, passage in enumerate(passages_of(corpus)):
         for thing in (f"id {passage.id}", f"title {title_key(passage.title)}"):
             for rows in rows_of.get(thing, ()):
                 rows.append(row)
-        if asked:
+        if unnamed:
             search.look(row, passage)
     for rows, best in zip(rows_of["answers"], search.best, strict=True):
         rows.extend(-row for _, row in sorted(best, reverse=True))
@@ -164,11 +131,11 @@ def sample_rest(total: int, needed: set[int], number: int, seed: int) -> list[in
     return [row for row in drawn if row not in needed][:number]
 
 
-def write_rows(corpus: Path, total: int, chosen: set[int], out: Path) -> list[Passage]:
+def write_rows(corpus: Path, chosen: set[int], out: Path) -> list[Passage]:
     """Write the chosen rows, as they are and in corpus order, to the .jsonl.gz file `out`; the passages in it."""
     fresh = out.with_name(f"new-{out.name}")
     with gzip.GzipFile(fresh, "wb", 6, mtime=0) as file:
-        for number, (_, row) in enumerate(stream(corpus, "writing", total)):
+        for number, (_, row) in enumerate(tqdm(read_rows(corpus, CorpusError, "corpus"), "writing", mininterval=1)):
             if number in chosen:
                 file.write(json.dumps(row).encode() + b"\n")
     passages = load_corpus(str(fresh))
@@ -186,75 +153,82 @@ class StoredVectors(Encoder):
         return np.stack([self.vectors[passage.id] for passage in passages])
 
 
-def cut_vectors(stored: np.ndarray, rows: list[int], passages: list[Passage], encoder: Encoder) -> StoredVectors:
-    """`encoder` with the stored vectors of these `rows`; raises CorpusError if it gives the passages others."""
-    vectors = stored[rows]
-    check_agreement(vectors, passages, encoder.encode_passages)
-    by_id = {passage.id: vector for passage, vector in zip(passages, vectors, strict=True)}
-    its = (encoder.name, encoder.weights_sha256, encoder.model, encoder.query_prefix, encoder.passage_prefix)
-    return StoredVectors(*its, by_id)
-
-
 def chosen_questions(source: str, splits: str | None, limit: int | None, seed: int) -> list[Question]:
     """`limit` questions, drawn, of each split ("train+test"); without splits of a whole file or of "test"."""
+
+    def draw(questions: list[Question]) -> list[Question]:
+        """In order; each is as likely as any other, so that sets joined one after another are all met."""
+        chosen = random.Random(seed).sample(range(len(questions)), min(limit or len(questions), len(questions)))
+        return [questions[i] for i in sorted(chosen)]
+
     if splits is None and resolve_path(source).is_file():
-        return draw(read_questions(resolve_path(source)), limit, seed)
-    pairs = [
-        (split, q) for split in (splits or "test").split("+") for q in draw(load_questions(source, split), limit, seed)
-    ]
+        return draw(read_questions(resolve_path(source)))
+    pairs = [(split, q) for split in (splits or "test").split("+") for q in draw(load_questions(source, split))]
     if len({question.id for _, question in pairs}) != len(pairs):
         raise QuestionError(f"{source}: splits {splits} share ids; make a subset of each")
     return [replace(question, metadata=question.metadata | {"split": split}) for split, question in pairs]
 
 
-def draw(questions: list[Question], limit: int | None, seed: int) -> list[Question]:
-    """So many of the questions, in order, each as likely as any other: sets joined one after another are all met."""
-    if limit is None or limit >= len(questions):
-        return questions
-    return [questions[i] for i in sorted(random.Random(seed).sample(range(len(questions)), limit))]
+def cut(
+    corpus: Path,
+    questions: str,
+    out: Path,
+    split: str | None = None,
+    limit: int | None = None,
+    per_question: int = 10,
+    distractors: int = 100_000,
+    seed: int = 0,
+    index: Path | None = None,
+    encoder: str | None = None,
+) -> None:
+    """Write corpus, questions, index (where `load_retriever` looks for it) and `subset.json`, and print the counts.
 
-
-def write_questions(questions: list[Question], out: Path) -> None:
-    """A .jsonl.gz file that `read_questions` reads, put in place when it is whole."""
-    fresh = out.with_name(f"new-{out.name}")
-    fresh.unlink(missing_ok=True)
-    append_rows(fresh, (asdict(question) for question in questions))
-    os.replace(fresh, out)
-
-
-def make_subset(args: argparse.Namespace, questions: list[Question]) -> dict[str, Any]:
-    """Write corpus, questions, index (where `load_retriever` looks for it) and `subset.json`, which is returned."""
-    encoder = load_encoder(args.encoder) if args.index else None  # if it is not here, say so before the long work
-    total = sum(1 for _ in stream(args.corpus, "counting"))
-    index = stored_vectors(args.index, total) if args.index else None
-    needs = find_needed(args.corpus, total, questions, args.per_question)
-    needed = {row for its in needs for found in its.values() for row in found}
-    rows = sorted(needed.union(sample_rest(total, needed, args.distractors, args.seed)))
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "subset.json").unlink(missing_ok=True)  # it is written last, and tells that the rest is whole
-    passages = write_rows(args.corpus, total, set(rows), args.out / "corpus.jsonl.gz")
-    write_questions(questions, args.out / "questions.jsonl.gz")
-    profile = load_profile("tiny", retriever="flat" if args.encoder else "bm25", encoder=args.encoder)
-    folder = default_folder(profile, passages)
-    if index is not None and not folder.exists():
-        build_index(passages, folder, "flat", cut_vectors(index, rows, passages, encoder))
-    load_retriever(profile, passages)
+    Raises CorpusError, QuestionError, EncoderError.
+    """
+    chosen = chosen_questions(questions, split, limit, seed)
+    encoder = encoder or (E5 if index else None)
+    model = load_encoder(encoder) if index else None  # if it is not here, say so before the long work
+    total = sum(1 for _ in passages_of(corpus))
+    vectors = stored_vectors(index, total) if index else None
+    needs = find_needed(corpus, total, chosen, per_question)
+    needed = {row for things in needs for rows in things.values() for row in rows}
+    rows = sorted(needed.union(sample_rest(total, needed, distractors, seed)))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "subset.json").unlink(missing_ok=True)  # it is written last, and tells that the rest is whole
+    passages = write_rows(corpus, set(rows), out / "corpus.jsonl.gz")
+    (out / "new-questions.jsonl.gz").unlink(missing_ok=True)
+    append_rows(out / "new-questions.jsonl.gz", map(asdict, chosen))
+    os.replace(out / "new-questions.jsonl.gz", out / "questions.jsonl.gz")
+    make_index(passages, encoder, model, None if vectors is None else vectors[rows])
     ids = {row: passage.id for row, passage in zip(rows, passages, strict=True)}
-    found = {
-        q.id: {thing: [ids[row] for row in its[thing]] for thing in its}
-        for q, its in zip(questions, needs, strict=True)
-    }
-    record = provenance(["faiss-cpu", "bm25s"]) | {
-        "checksum": corpus_checksum(passages),
-        "corpus_passages": total,
-        "passages": len(rows),
-        "needed": len(needed),
-        "distractors": len(rows) - len(needed),
-        "questions": len(questions),
-        "met_by_answers": sum("answers" in its for its in needs),
-        "partly_met": [key for key, its in found.items() if any(its.values()) and not all(its.values())],
-        "nothing_found": [key for key, its in found.items() if not any(its.values())],
+    record = summarise(chosen, [{thing: [ids[row] for row in things[thing]] for thing in things} for things in needs])
+    counts = {"corpus_passages": total, "passages": len(rows), "needed": len(needed)}
+    counts |= {"distractors": len(rows) - len(needed), "questions": len(chosen)}
+    record = provenance(["faiss-cpu", "bm25s"]) | {"checksum": corpus_checksum(passages)} | counts | record
+    write_json(out / "subset.json", record)
+    for key in (*counts, "met_by_answers", "partly_met", "nothing_found"):
+        print(f"{key}: {len(record[key]) if isinstance(record[key], list) else record[key]:,}")
+
+
+def make_index(passages: list[Passage], name: str | None, model: Encoder | None, vectors: np.ndarray | None) -> None:
+    """The subset's index; raises CorpusError if the encoder gives the passages other vectors than those stored."""
+    profile = load_profile("tiny", retriever="flat" if name else "bm25", encoder=name)
+    folder = default_folder(profile, passages)
+    if vectors is not None and not folder.exists():
+        check_agreement(vectors, passages, model.encode_passages)
+        by_id = {passage.id: vector for passage, vector in zip(passages, vectors, strict=True)}
+        prefixes = model.query_prefix, model.passage_prefix
+        stored = StoredVectors(model.name, model.weights_sha256, model.model, *prefixes, by_id)
+        build_index(passages, folder, "flat", stored)
+    load_retriever(profile, passages)
+
+
+def summarise(questions: list[Question], needs: list[dict[str, list[str]]]) -> dict:
+    """What subset.json says of what the questions need: passage ids by thing, and where some or all are missing."""
+    found = {question.id: things for question, things in zip(questions, needs, strict=True)}
+    return {
+        "met_by_answers": sum("answers" in things for things in needs),
+        "partly_met": [key for key, things in found.items() if any(things.values()) and not all(things.values())],
+        "nothing_found": [key for key, things in found.items() if not any(things.values())],
         "needs": found,
     }
-    write_json(args.out / "subset.json", record)
-    return record
