@@ -272,7 +272,7 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
         name, _, value = text.partition("=")
         try:
             values[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except Exception as error:  # a date such as 2026-99-99 is a ValueError of PyYAML's
             raise UserError(f"{text!r}: the value is not YAML ({str(error).splitlines()[0]})") from None
     return values
 

@@ -1,8 +1,8 @@
 """Is what a question needs found by one search with its words? Recall of supporting passages, and nDCG.
 
 `searchr1 index measure CORPUS QUESTIONS --out FILE` measures BM25 and a dense encoder and records the figures;
-`--qrels T` takes the supporting passages from a table of judgements, in BEIR's form. Graded
-judgements are left out: a passage is needed or it is not.
+`--qrels T` takes the supporting passages from a table of judgements, in BEIR's form. Graded judgements are left out: a
+passage is needed or it is not.
 """
 
 import csv
@@ -30,7 +30,7 @@ def read_judged(queries: str | Path, qrels: str | Path) -> list[Question]:
     tab-separated). Raises QuestionError with file and line.
     """
     relevant = defaultdict(list)
-    with open(qrels, encoding="utf-8", newline="") as file:
+    with open(qrels, encoding="utf-8", errors="replace", newline="") as file:
         for line, row in enumerate(csv.DictReader(file, delimiter="\t"), 2):
             if not (row.get("query-id") and row.get("corpus-id") and row.get("score") in ("0", "1")):
                 raise QuestionError(f"{qrels}:{line}: query-id, corpus-id and a score of 0 or 1 are needed, got {row}")

@@ -70,7 +70,7 @@ def passages_of(corpus: Path) -> Iterator[Passage]:
 
 
 def word_weights(passages: Iterable[Passage], total: int, questions: list[Question]) -> dict[str, float]:
-    """log(`total` passages / passages with the word), for each word of the questions and answers that the corpus has."""
+    """log(`total` / passages with the word), for each word of the questions and answers that the corpus has."""
     vocabulary = {word for q in questions for text in (q.question, *q.golden_answers) for word in content_words(text)}
     counts = Counter()
     for passage in passages:
