@@ -1,7 +1,6 @@
 """Documents to passages: nothing lost or doubled, ids and titles as promised, every fault named with its file."""
 
 import codecs
-import gzip
 import json
 import os
 import sys
@@ -73,11 +72,8 @@ def test_ids_are_paths_and_numbers_and_titles_come_from_the_document(tmp_path):
         a__z_md="---\n# no heading\n---\n```\n# no heading\n```\nfirst\r\n\n## The *real* one ##\r\n\n# Later\n",
         a__y_MARKDOWN="Under lined\r\n===\r\ntext",
         a__x_md="no heading at all, #tag",
-        c_jsonl='{"title": "My  \\"own\\"\\ntitle", "text": "one"}\n{"text": "two"}\n{"contents": "\\"T\\"\\nthree"}\n'
-        '{"contents": "no title here"}\n',
         d_html=PAGE.format(charset=""),
     )
-    (tmp_path / "docs/e.jsonl.gz").write_bytes(gzip.compress(b'{"text": "zipped", "title": ""}\n'))
     found = {passage.id: (passage.title, passage.text) for passage in corpus(tmp_path / "docs")}
     assert list(found)[:6] == ["a/x.md#1", "a/y.MARKDOWN#1", "a/z.md#1", "b.txt#1", "b.txt#2", "b.txt#3"]
     assert found["a/x.md#1"] == ("x.md", "no heading at all, #tag")
@@ -85,14 +81,7 @@ def test_ids_are_paths_and_numbers_and_titles_come_from_the_document(tmp_path):
     assert found["a/z.md#1"][0] == "The *real* one"
     assert found["b.txt#1"][0] == "b.txt"
     assert " ".join(found[f"b.txt#{n}"][1] for n in (1, 2, 3)).split() == (PROSE * 12).split()
-    assert [found[f"c.jsonl#{n}"] for n in (1, 2, 3, 4)] == [
-        ('My "own" title', "one"),
-        ("c.jsonl", "two"),
-        ("T", "three"),
-        ("c.jsonl", "no title here"),
-    ]
     assert found["d.html#1"][0] == 'A "quoted" page & more'
-    assert found["e.jsonl.gz#1"] == ("e.jsonl.gz", "zipped")
 
 
 def test_ids_are_below_the_folder_that_all_files_share_and_each_file_counts_once(tmp_path):
@@ -143,12 +132,7 @@ def test_a_page_with_an_xml_declaration(tmp_path):
         ("a.html", b"", r"a\.html: there is no text in it"),
         ("a.html", b"<meta charset=klingon><p>text</p>", r"a\.html: cannot be read as klingon \(unknown encoding"),
         ("a.html", b"<meta charset=utf-8><p>caf\xe9</p>", r"a\.html: cannot be read as utf-8"),
-        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"a\.jsonl:2: the field 'text' is missing; there are 'body'"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": " "}\n', r"a\.jsonl:2: there is no text in it"),
-        ("a.jsonl", b'{"text": "a", "title": 3}\n', r"a\.jsonl:1: 'title' must be a string"),
-        ("a.jsonl", b'{"text": "a"}\n{"text"\n', r"a\.jsonl:2: not JSON"),
-        ("a.jsonl", b"", r"a\.jsonl: the file is empty, it holds no documents"),
-        ("a.pdf", b"%PDF", r"a\.pdf: not a type that can be read; there are \.txt, \.md, .*\.jsonl\.gz"),
+        ("a.pdf", b"%PDF", r"a\.pdf: not a type that can be read; there are \.txt, \.md, .*\.htm"),
         ("README", b"text", r"README: not a type"),
     ],
 )
@@ -187,15 +171,6 @@ def test_folders_behind_links_are_read_too(tmp_path):
     write(tmp_path, real__a_txt="text", docs__b_txt="text")
     (tmp_path / "docs/link").symlink_to(tmp_path / "real")
     assert [passage.id for passage in corpus(tmp_path / "docs")] == ["b.txt#1", "link/a.txt#1"]
-
-
-def test_a_corpus_among_the_documents_is_not_read_again(tmp_path):
-    write(tmp_path / "docs", a_jsonl='{"text": "a"}\n')
-    for _ in range(2):
-        assert write_corpus([tmp_path / "docs"], tmp_path / "docs/corpus.jsonl") == 1
-    with pytest.raises(DocumentError, match="no documents in"):
-        write_corpus([tmp_path / "docs/a.jsonl"], tmp_path / "docs/a.jsonl")
-    assert (tmp_path / "docs/a.jsonl").read_text() == '{"text": "a"}\n'
 
 
 @pytest.mark.parametrize(("library", "name"), [("semchunk", "a.txt"), ("trafilatura", "a.html")])

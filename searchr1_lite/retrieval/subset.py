@@ -18,7 +18,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,8 @@ from searchr1_lite.files import append_rows, read_rows, write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.build import build_index
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, load_corpus, passage_of
-from searchr1_lite.retrieval.dense import check_agreement, stored_vectors
-from searchr1_lite.retrieval.encoders import Encoder, load_encoder
+from searchr1_lite.retrieval.dense import stored_vectors
+from searchr1_lite.retrieval.encoders import load_encoder
 from searchr1_lite.retrieval.load import default_folder, load_retriever
 from searchr1_lite.tasks.questions import QuestionError, load_questions, read_questions
 from searchr1_lite.types import Passage, Question
@@ -143,16 +143,6 @@ def write_rows(corpus: Path, chosen: set[int], out: Path) -> list[Passage]:
     return passages
 
 
-@dataclass(frozen=True)
-class StoredVectors(Encoder):
-    """An encoder whose vectors of some passages are there already, by passage id."""
-
-    vectors: dict[str, np.ndarray] = field(default_factory=dict)
-
-    def encode_passages(self, passages: list[Passage]) -> np.ndarray:
-        return np.stack([self.vectors[passage.id] for passage in passages])
-
-
 def chosen_questions(source: str, splits: str | None, limit: int | None, seed: int) -> list[Question]:
     """`limit` questions, drawn, of each split ("train+test"); without splits of a whole file or of "test"."""
 
@@ -187,7 +177,8 @@ def cut(
     """
     chosen = chosen_questions(questions, split, limit, seed)
     encoder = encoder or (E5 if index else None)
-    model = load_encoder(encoder) if index else None  # if it is not here, say so before the long work
+    if index:
+        load_encoder(encoder)  # if it is not here, say so before the long work
     total = sum(1 for _ in passages_of(corpus))
     vectors = stored_vectors(index, total) if index else None
     needs = find_needed(corpus, total, chosen, per_question)
@@ -199,36 +190,36 @@ def cut(
     (out / "new-questions.jsonl.gz").unlink(missing_ok=True)
     append_rows(out / "new-questions.jsonl.gz", map(asdict, chosen))
     os.replace(out / "new-questions.jsonl.gz", out / "questions.jsonl.gz")
-    make_index(passages, encoder, model, None if vectors is None else vectors[rows])
+    make_index(passages, out, encoder, None if vectors is None else vectors[rows])
     ids = {row: passage.id for row, passage in zip(rows, passages, strict=True)}
-    record = summarise(chosen, [{thing: [ids[row] for row in things[thing]] for thing in things} for things in needs])
-    counts = {"corpus_passages": total, "passages": len(rows), "needed": len(needed)}
-    counts |= {"distractors": len(rows) - len(needed), "questions": len(chosen)}
-    record = provenance(["faiss-cpu", "bm25s"]) | {"checksum": corpus_checksum(passages)} | counts | record
-    write_json(out / "subset.json", record)
-    for key in (*counts, "met_by_answers", "partly_met", "nothing_found"):
-        print(f"{key}: {len(record[key]) if isinstance(record[key], list) else record[key]:,}")
+    found = {
+        question.id: {thing: [ids[row] for row in things[thing]] for thing in things}
+        for question, things in zip(chosen, needs, strict=True)
+    }
+    counts = {
+        "corpus_passages": total,
+        "passages": len(rows),
+        "needed": len(needed),
+        "distractors": len(rows) - len(needed),
+        "questions": len(chosen),
+        "met_by_answers": sum("answers" in things for things in needs),
+    }
+    missing = {
+        "partly_met": [key for key, things in found.items() if any(things.values()) and not all(things.values())],
+        "nothing_found": [key for key, things in found.items() if not any(things.values())],
+    }
+    record = provenance(["faiss-cpu", "bm25s"]) | {"checksum": corpus_checksum(passages)} | counts | missing
+    write_json(out / "subset.json", record | {"needs": found})
+    for key, number in (counts | {key: len(ids) for key, ids in missing.items()}).items():
+        print(f"{key}: {number:,}")
 
 
-def make_index(passages: list[Passage], name: str | None, model: Encoder | None, vectors: np.ndarray | None) -> None:
+def make_index(passages: list[Passage], out: Path, name: str | None, vectors: np.ndarray | None) -> None:
     """The subset's index; raises CorpusError if the encoder gives the passages other vectors than those stored."""
     profile = load_profile("tiny", retriever="flat" if name else "bm25", encoder=name)
     folder = default_folder(profile, passages)
     if vectors is not None and not folder.exists():
-        check_agreement(vectors, passages, model.encode_passages)
-        by_id = {passage.id: vector for passage, vector in zip(passages, vectors, strict=True)}
-        prefixes = model.query_prefix, model.passage_prefix
-        stored = StoredVectors(model.name, model.weights_sha256, model.model, *prefixes, by_id)
-        build_index(passages, folder, "flat", stored)
+        np.save(out / "vectors.npy", vectors)
+        build_index(passages, folder, "flat", load_encoder(name), vectors=out / "vectors.npy")
+        (out / "vectors.npy").unlink()
     load_retriever(profile, passages)
-
-
-def summarise(questions: list[Question], needs: list[dict[str, list[str]]]) -> dict:
-    """What subset.json says of what the questions need: passage ids by thing, and where some or all are missing."""
-    found = {question.id: things for question, things in zip(questions, needs, strict=True)}
-    return {
-        "met_by_answers": sum("answers" in things for things in needs),
-        "partly_met": [key for key, things in found.items() if any(things.values()) and not all(things.values())],
-        "nothing_found": [key for key, things in found.items() if not any(things.values())],
-        "needs": found,
-    }
