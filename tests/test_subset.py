@@ -175,8 +175,6 @@ def test_a_file_of_questions_is_taken_whole_unless_a_split_is_asked(made, tmp_pa
 
 
 def test_the_questions_come_along_with_their_splits(made, tmp_path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub/new-questions.jsonl.gz").write_bytes(b"left by a call that was cut off")
     made()
     assert read_questions(tmp_path / "sub/questions.jsonl.gz") == read_questions(tmp_path / "questions.jsonl.gz")
     (tmp_path / "ten").mkdir()

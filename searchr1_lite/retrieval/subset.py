@@ -13,19 +13,19 @@ import heapq
 import html
 import json
 import math
-import os
 import random
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from searchr1_lite.config import load_profile, resolve_path
-from searchr1_lite.files import append_rows, read_rows, write_json
+from searchr1_lite.files import read_rows, write_json, write_whole
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.build import build_index
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, load_corpus, passage_of
@@ -131,16 +131,10 @@ def sample_rest(total: int, needed: set[int], number: int, seed: int) -> list[in
     return [row for row in drawn if row not in needed][:number]
 
 
-def write_rows(corpus: Path, chosen: set[int], out: Path) -> list[Passage]:
-    """Write the chosen rows, as they are and in corpus order, to the .jsonl.gz file `out`; the passages in it."""
-    fresh = out.with_name(f"new-{out.name}")
-    with gzip.GzipFile(fresh, "wb", 6, mtime=0) as file:
-        for number, (_, row) in enumerate(tqdm(read_rows(corpus, CorpusError, "corpus"), "writing", mininterval=1)):
-            if number in chosen:
-                file.write(json.dumps(row).encode() + b"\n")
-    passages = load_corpus(str(fresh))
-    os.replace(fresh, out)
-    return passages
+def write_rows(rows: Iterable[dict], out: Path) -> None:
+    """A .jsonl.gz file, whole or not at all, and the same bytes on any day."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(out, gzip.compress(text.encode(), 6, mtime=0))
 
 
 def chosen_questions(source: str, splits: str | None, limit: int | None, seed: int) -> list[Question]:
@@ -184,34 +178,32 @@ def cut(
     needs = find_needed(corpus, total, chosen, per_question)
     needed = {row for things in needs for rows in things.values() for row in rows}
     rows = sorted(needed.union(sample_rest(total, needed, distractors, seed)))
-    out.mkdir(parents=True, exist_ok=True)
     (out / "subset.json").unlink(missing_ok=True)  # it is written last, and tells that the rest is whole
-    passages = write_rows(corpus, set(rows), out / "corpus.jsonl.gz")
-    (out / "new-questions.jsonl.gz").unlink(missing_ok=True)
-    append_rows(out / "new-questions.jsonl.gz", map(asdict, chosen))
-    os.replace(out / "new-questions.jsonl.gz", out / "questions.jsonl.gz")
+    lines, wanted = enumerate(read_rows(corpus, CorpusError, "corpus")), set(rows)
+    write_rows([row for number, (_, row) in lines if number in wanted], out / "corpus.jsonl.gz")
+    write_rows(map(asdict, chosen), out / "questions.jsonl.gz")
+    passages = load_corpus(str(out / "corpus.jsonl.gz"))
     make_index(passages, out, encoder, None if vectors is None else vectors[rows])
     ids = {row: passage.id for row, passage in zip(rows, passages, strict=True)}
-    found = {
-        question.id: {thing: [ids[row] for row in things[thing]] for thing in things}
-        for question, things in zip(chosen, needs, strict=True)
-    }
-    counts = {
-        "corpus_passages": total,
-        "passages": len(rows),
-        "needed": len(needed),
-        "distractors": len(rows) - len(needed),
-        "questions": len(chosen),
+    found = [{thing: [ids[row] for row in things[thing]] for thing in things} for things in needs]
+    record = {"corpus_passages": total, "passages": len(rows), "needed": len(needed)}
+    record |= {"distractors": len(rows) - len(needed)} | summarise(chosen, found)
+    for key in [key for key in record if key != "needs"]:
+        print(f"{key}: {len(record[key]) if isinstance(record[key], list) else record[key]:,}")
+    record |= provenance(["faiss-cpu", "bm25s"]) | {"checksum": corpus_checksum(passages)}
+    write_json(out / "subset.json", record)
+
+
+def summarise(questions: list[Question], needs: list[dict[str, list[str]]]) -> dict[str, Any]:
+    """What subset.json says of what the questions need: passage ids by thing, and where some or all are missing."""
+    found = {question.id: things for question, things in zip(questions, needs, strict=True)}
+    return {
+        "questions": len(questions),
         "met_by_answers": sum("answers" in things for things in needs),
-    }
-    missing = {
         "partly_met": [key for key, things in found.items() if any(things.values()) and not all(things.values())],
         "nothing_found": [key for key, things in found.items() if not any(things.values())],
+        "needs": found,
     }
-    record = provenance(["faiss-cpu", "bm25s"]) | {"checksum": corpus_checksum(passages)} | counts | missing
-    write_json(out / "subset.json", record | {"needs": found})
-    for key, number in (counts | {key: len(ids) for key, ids in missing.items()}).items():
-        print(f"{key}: {number:,}")
 
 
 def make_index(passages: list[Passage], out: Path, name: str | None, vectors: np.ndarray | None) -> None:
