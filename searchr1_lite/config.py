@@ -211,7 +211,8 @@ def load_profile(
 def _one_line(problem: Any) -> str:
     where, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden" and where == "defects":
-        return "defects: there is no such setting; searchr1_lite.lab.defects.train_broken trains them (notebook 10)"
+        trained = "known faults are trained by searchr1_lite.lab.defects.train_broken (notebook 10)"
+        return f"defects: there is no such setting; {trained}"
     if problem["type"] == "extra_forbidden":
         return f"{where}: there is no such setting{_closest(where, Profile.model_fields)}"
     if problem["type"] == "missing":

@@ -32,7 +32,7 @@ def test_there_are_the_tiny_run_and_the_real_ones():
         ({"steps": "many"}, "steps: .*valid integer.*'many'"),
         ({"learning_rate": float("inf")}, "learning_rate: .*finite number"),
         ({"seed": 2**32}, "seed: .*less than 4294967296"),
-        ({"defects": ["no_clip"]}, r"defects: .*searchr1_lite\.lab\.defects\.train_broken .*notebook 10"),
+        ({"defects": ["no_clip"]}, r"defects: .* by searchr1_lite\.lab\.defects\.train_broken .*notebook 10"),
         (
             {"reward": "exact"},
             "reward: no reward 'exact'; did you mean exact_match.; there are exact_match, f1, .* module:name",
