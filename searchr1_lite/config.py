@@ -122,11 +122,12 @@ class Profile(BaseModel):
         parts = retriever_parts(value)
         if parts[0] in CONTROLS and len(parts) == 1:
             return value
+        names = (*INDEX_KINDS, *CONTROLS)
         for part in parts:
             if part not in INDEX_KINDS and not PREFIXED.fullmatch(part) and not PLUGIN.fullmatch(part):
                 raise ValueError(
-                    f"no retriever {part!r}{_closest(part, (*INDEX_KINDS, *CONTROLS))}; there are "
-                    f"{', '.join((*INDEX_KINDS, *CONTROLS))}, faiss:…, index:…, milvus:…, http… and module:Name (for "
+                    f"no retriever {part!r}{' to be fused' if part in CONTROLS else _closest(part, names)}; there are "
+                    f"{', '.join(names)}, faiss:…, index:…, milvus:…, http… and module:Name (for "
                     "online search searchr1_lite.retrieval.online:SerpAPI)"
                 )
         return value

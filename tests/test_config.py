@@ -53,7 +53,7 @@ def test_there_are_the_tiny_run_and_the_real_ones():
         ({"retriever": "online:serpapi"}, r"no retriever 'online:serpapi'.*searchr1_lite\.retrieval\.online:SerpAPI"),
         ({"retriever": "milvus:"}, "no retriever 'milvus:'"),
         ({"retriever": "dense"}, "retriever: .*no retriever 'dense'; there are bm25, flat, "),
-        ({"retriever": "bm25+oracle"}, "no retriever 'oracle'"),
+        ({"retriever": "bm25+oracle"}, "no retriever 'oracle' to be fused; there are"),
         ({"retriever": "bm25+"}, "no retriever ''"),
         ({"retriever": "faiss:"}, "no retriever 'faiss:'"),
         ({"retriever": "oracle", "noise_end": 0.5}, "an oracle has no noise"),

@@ -120,5 +120,5 @@ def test_nobody_there_and_no_key(monkeypatch):
     with pytest.raises(RetrievalError, match="URLError"):
         SerpAPI().search(["q"], 1)
     monkeypatch.setenv("SERPAPI_API_KEY", "  ")
-    with pytest.raises(RetrievalError, match="^set the environment variable SERPAPI_API_KEY"):
+    with pytest.raises(RetrievalError, match=r"^set the environment variable SERPAPI_API_KEY"):
         load_retriever(load_profile("tiny", retriever="searchr1_lite.retrieval.online:SerpAPI"))

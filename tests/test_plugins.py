@@ -37,6 +37,9 @@ def my_reward(trajectory, question):
 def two(trajectory, question):
     return "2"
 
+def endless(trajectory, question):
+    return float("inf")
+
 def fails():
     raise ValueError("no network")
 
@@ -81,8 +84,13 @@ def test_it_is_fused_with_others(folder):
 def test_a_reward_is_given_trajectory_and_question(folder):
     trajectory = Trajectory(Question("q", "?", ("a", "b")), (), (), (), (), (), True, "answer")
     assert trajectory_reward(trajectory, "own.tools:my_reward") == 2.25
-    with pytest.raises(PluginError, match=r"own\.tools:two: a reward must be a finite number, got '2' for 'q'"):
-        trajectory_reward(trajectory, "own.tools:two")
+    for name, says in (
+        ("own.tools:two", "own.tools:two gave question 'q' no reward, but TypeError"),
+        ("own.tools:endless", "a reward must be a finite number, got inf for 'q'"),
+        ("own.tools:fails", "own.tools:fails gave question 'q' no reward, but TypeError: .*positional"),
+    ):
+        with pytest.raises(PluginError, match=says):
+            trajectory_reward(trajectory, name)
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_addresses():
     for url in ("http://h:1", "http://h:1/", "http://h:1/retrieve", "http://h:1/retrieve/"):
         assert str(RemoteRetriever(url).url) == "http://h:1/retrieve"
     assert str(RemoteRetriever("https://h/search/v1").url) == "https://h/search/v1/retrieve"
-    for url in ("h:1", "ftp://h", "http://", "127.0.0.1:8000/retrieve"):
+    for url in ("h:1", "ftp://h", "http://", "127.0.0.1:8000/retrieve", "http://h:65536", "http://h:p", "https://é é"):
         with pytest.raises(ValueError, match="no address of a server"):
             RemoteRetriever(url)
 

@@ -44,8 +44,8 @@ class RemoteRetriever:
     def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, deadline: float = 300.0) -> None:
         try:
             self.url = httpx.URL(url)
-            if self.url.scheme not in ("http", "https") or not self.url.host:
-                raise httpx.InvalidURL("it begins with http:// or https:// and a host")
+            if self.url.scheme not in ("http", "https") or not self.url.host or (self.url.port or 0) > 65535:
+                raise httpx.InvalidURL("it begins with http:// or https://, a host and perhaps a port up to 65535")
         except httpx.InvalidURL as error:
             raise RetrievalError(f"{url!r} is no address of a server: {error}") from None
         self.url = self.url.copy_with(path=self.url.path.rstrip("/").removesuffix("/retrieve") + "/retrieve")

@@ -13,6 +13,7 @@ from math import isfinite
 from statistics import fmean
 
 from searchr1_lite.config import PLUGIN, Profile
+from searchr1_lite.errors import UserError
 from searchr1_lite.plugins import PluginError, load_plugin
 from searchr1_lite.rollout.protocol import render_prompt
 from searchr1_lite.rollout.trajectory import Trajectory
@@ -115,13 +116,17 @@ def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = Fa
 
 def plugin_reward(trajectory: Trajectory, name: str) -> float:
     """What the function `module:name` returns for (trajectory, question); PluginError if it is no finite number."""
-    reward = load_plugin(name)(trajectory, trajectory.question)
     try:
-        if isfinite(reward):
-            return float(reward)
-    except (TypeError, ValueError):
-        pass
-    raise PluginError(f"{name}: a reward must be a finite number, got {reward!r} for {trajectory.question.id!r}")
+        reward = load_plugin(name)(trajectory, trajectory.question)
+        finite = isfinite(reward)
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise PluginError(f"{name} gave question {trajectory.question.id!r} no reward, but {what}") from error
+    if not finite:
+        raise PluginError(f"{name}: a reward must be a finite number, got {reward!r} for {trajectory.question.id!r}")
+    return float(reward)
 
 
 def _quoted(observation: str) -> str:
