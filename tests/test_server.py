@@ -87,15 +87,6 @@ def test_blank_queries_find_nothing_and_none_gives_none(world):
     assert ask(world, {"queries": []}).json() == {"result": []}
 
 
-def test_what_verl_and_skyrl_read(world):
-    """verl and SkyRL read result[i][j]["document"]["contents"]; both send exactly these three fields."""
-    answer = ask(
-        world, {"queries": ["Belmar"], "topk": 3, "return_scores": True}, headers={"Accept": "application/json"}
-    )
-    assert answer.headers["content-type"] == "application/json"
-    assert [hit["document"]["contents"].split("\n")[0] for hit in answer.json()["result"][0]] == ['"Rovana"', '""']
-
-
 @pytest.mark.parametrize("extra", [{"topk": None}, {"topk": 0}, {"topk": "3"}, {"topk": 3.0}, {"session": "x"}])
 def test_is_as_lenient_as_the_original(world, extra):
     asked = {"queries": ["Belmar"], "return_scores": True}
@@ -195,15 +186,12 @@ def metric(url: str, name: str) -> float:
         ({"queries": "one text"}, 422, "queries"),
         ({"queries": None}, 422, "queries"),
         ({"queries": ["x", 7]}, 422, "queries.1"),
-        ({"queries": ["x", None]}, 422, "queries.1"),
         (b'{"queries": [NaN]}', 422, "queries.0"),
-        (b'{"queries": ["x"], "topk": NaN}', 422, "topk"),
         (b'{"queries": ["x"], "topk": 1e999}', 422, "topk"),
         (b'{"queries": ["x"], "topk": ' + b"9" * 400 + b"}", 422, "topk: Input should be less than or equal to 256"),
         (b'{"queries": ["x"], "topk": ' + b"9" * 10_000 + b"}", 400, "parsing the body"),
         ({"queries": ["x"], "topk": -1}, 422, "topk"),
         ({"queries": ["x"], "topk": 257}, 422, "topk"),
-        ({"queries": ["x"], "topk": 1.5}, 422, "topk"),
         ({"queries": ["x"], "topk": "three"}, 422, "topk"),
         ({"queries": ["x"], "return_scores": "perhaps"}, 422, "return_scores"),
         (b'{"queries": ["\\ud800"]}', 422, "queries.0: Input should be a valid string"),
