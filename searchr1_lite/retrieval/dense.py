@@ -86,7 +86,9 @@ def factory_of(kind: str, dimension: int, number: int) -> str:
         return f"{coarse},PQ{codes}np"  # np: without polysemous training, which takes 20 times as long as the rest
     kinds = {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf-sq8": f"{coarse},SQ8"}
     if kind not in kinds and not kind.startswith("faiss:"):
-        raise ValueError(f"there is no index of kind {kind!r}; there are {', '.join(KINDS)} and faiss:<factory string>")
+        raise CorpusError(
+            f"there is no index of kind {kind!r}; there are {', '.join(KINDS)} and faiss:<factory string>"
+        )
     return kinds.get(kind) or kind.removeprefix("faiss:")
 
 
