@@ -135,13 +135,13 @@ def _warm_up(vectors: np.ndarray) -> None:
     """Libraries load, and take their buffers, before memory is first looked at."""
     import faiss
 
-    from searchr1_lite.retrieval import build, dense, hybrid, sparse  # noqa: F401
+    from searchr1_lite.retrieval import bm25, dense, index, rerank  # noqa: F401
 
-    index = faiss.IndexFlatIP(vectors.shape[1])
-    index.add(vectors[:BATCH])
-    with dense.blas_from_four_queries(index.d):
-        index.search(np.repeat(vectors[:1], BATCH, axis=0), 1)
-    sparse.tokenize(["warm up"])
+    flat = faiss.IndexFlatIP(vectors.shape[1])
+    flat.add(vectors[:BATCH])
+    with dense.blas_from(4, flat.d):
+        flat.search(np.repeat(vectors[:1], BATCH, axis=0), 1)
+    bm25.tokenize(["warm up"])
 
 
 def apart(folders: Sequence[Path], queries: Path, k: int) -> dict[str, Any]:

@@ -106,22 +106,16 @@ def exact(vectors: Synthetic, number: int, queries: np.ndarray, k: int) -> np.nd
 
 
 def build(kind: str, number: int, dimension: int, folder: Path) -> dict[str, Any]:
-    """Seconds, what build_index said and when, and the memory of this process."""
-    vectors, before, said = Synthetic(dimension), memory(), []
+    """Seconds, and the memory of this process."""
+    vectors, before = Synthetic(dimension), memory()
     begun = time.perf_counter()
-
-    def progress(message: str) -> None:
-        said.append([round(time.perf_counter() - begun, 1), message])
-        print(f"  {said[-1][0]:7.1f} s  {message}", flush=True)
-
     anything = defaultdict(lambda: vectors.centres[0])  # asked once, for the dimension
     known = Known({"name": "synthetic", "weights_sha256": f"seed {vectors.seed}"}, anything, vectors.encode)
     with Watch() as watch:
-        build_index(Corpus(number), folder, kind, known, progress=progress)
+        build_index(Corpus(number), folder, kind, known)
     seconds = time.perf_counter() - begun
     return {
         "seconds": {"all": seconds, "making vectors": known.seconds, "indexing": seconds - known.seconds},
-        "progress": said,
         "bytes_before": before["resident"],
         "most_bytes": watch.most,
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 from footprint import BATCH
 
-from searchr1_lite.retrieval.dense import NPROBE, disk_bytes, factory_of
+from searchr1_lite.retrieval.dense import NPROBE, factory_of
 from searchr1_lite.retrieval.index import SHARD
 
 PASSAGES, DIMENSION = 21_015_324, 768  # wiki-18, e5-base-v2
@@ -97,11 +97,10 @@ def must_bytes(factory: str, passages: int, dimension: int) -> dict[str, Any]:
 
 
 def building_bytes(factory: str, passages: int, dimension: int) -> dict[str, Any]:
-    """Bytes that a build has at once: a shard of vectors, or the sample it learns from; of a graph all of it."""
+    """Bytes that a build has at once: the index, and a shard of vectors or the sample it learns from."""
     parts = parts_of(factory, passages, dimension) | {"shard": min(SHARD, passages)}
-    if "nodes" in parts and "lists" not in parts:
-        return computed(f"passages * code_bytes + {GRAPH} + {COPIES} * 4 * dimension * shard", **parts)
-    return computed(f"{COPIES} * 4 * dimension * max(shard, sample)", **{"sample": 0} | parts)
+    index = index_bytes(factory, passages, dimension)["formula"]
+    return computed(f"{index} + {COPIES} * 4 * dimension * max(shard, sample)", **{"sample": 0} | parts)
 
 
 def build_work(parts: Numbers) -> str:
@@ -164,7 +163,6 @@ def project_dense(kind: str, measured: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "factory": factory,
         "disk_bytes": index_bytes(factory, PASSAGES, DIMENSION),
-        "disk_bytes_while_building": disk_bytes(kind, DIMENSION, PASSAGES),
         "memory_bytes": index_bytes(factory, PASSAGES, DIMENSION),
         "anonymous_bytes": must_bytes(factory, PASSAGES, DIMENSION),
         "anonymous_bytes_while_building": building_bytes(factory, PASSAGES, DIMENSION),

@@ -31,7 +31,7 @@ from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.bm25 import K1, B, BM25Retriever, tokenize
 from searchr1_lite.retrieval.corpus import corpus_checksum, load_corpus
-from searchr1_lite.retrieval.dense import DenseRetriever, blas_from_four_queries
+from searchr1_lite.retrieval.dense import DenseRetriever, blas_from
 from searchr1_lite.retrieval.encoders import Encoder, load_encoder
 from searchr1_lite.retrieval.index import build_index, check_index
 from searchr1_lite.retrieval.measure import check_supporting, read_judged, recall, supporting_ids
@@ -101,7 +101,7 @@ def flat_batches(vectors: np.ndarray, queries: np.ndarray, sizes: Sequence[int],
         return search(size, retriever.nearest)
 
     def multiplying(size: int) -> list[np.ndarray]:
-        with blas_from_four_queries(index.d):
+        with blas_from(4, index.d):
             return search(size)
 
     ways, ties = {"default": search, "multiplying": multiplying, "ours": ours}, 0
@@ -206,7 +206,7 @@ def build(kind: str, passages: list[Passage], vectors: np.ndarray, encoder: Enco
     anything = defaultdict(lambda: vectors[0])  # asked once, for the dimension
     known = Known(encoder.identity(), anything, lambda some: vectors[[row[passage.id] for passage in some]])
     start = time.perf_counter()
-    build_index(passages, folder, kind, known, progress=lambda *_: None)
+    build_index(passages, folder, kind, known)
     seconds = time.perf_counter() - start - known.seconds
     manifest = check_index(folder)
     sizes = {name: its["bytes"] for name, its in manifest["files"].items()}

@@ -276,7 +276,7 @@ def main(argv: list[str] | None = None) -> None:
         work = Path(folder)
         index, original, expected, passages = prepare(args.corpus, args.questions, args.index, work)
         python = [sys.executable]
-        commands = {"ours": [*python, "-m", "searchr1_lite.retrieval.server", "--port", "0", "--index", str(index)]}
+        commands = {"ours": [*python, "-m", "searchr1_lite", "serve", str(index), "--port", "0"]}
         if args.search_r1:
             commands["theirs"] = [*python, __file__, "_original", str(args.search_r1.resolve()), *original]
         running_now = {

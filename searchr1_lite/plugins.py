@@ -1,52 +1,51 @@
-"""Search engines and rewards of your own, by name: `retriever=my_module:MySearch`, `reward=my_module:my_reward`.
+"""Code of yours by name: `retriever=my_module:MySearch` and `reward=my_module:my_reward`.
 
-The module is imported as Python does it, the current folder included; whoever names one runs its code.
+The module is looked up as `import my_module` would in the current folder. Left out: entry points and registration.
 """
 
-import re
+import os
 import sys
 from importlib import import_module
-from pathlib import Path
+from inspect import signature
 from typing import Any
 
 from searchr1_lite.errors import UserError
-from searchr1_lite.types import Retriever
-
-RESERVED = ("index", "faiss", "milvus", "online", "http", "https")  # what else may stand before a colon
 
 
 class PluginError(UserError):
-    """A name that leads to nothing that can be used; the message says what is missing."""
+    """A plug-in that cannot be had; the message says what is wrong with which name."""
 
 
-def is_plugin(name: str) -> bool:
-    """Whether `name` has the form module:Name, and is nothing else that a setting can say."""
-    return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name)) and name.partition(":")[0] not in RESERVED
-
-
-def load_plugin(name: str) -> Any:
-    """What `name` leads to; raises PluginError."""
-    module, _, attribute = name.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.insert(0, here)
+def load_plugin(text: str) -> Any:
+    """What `module:name` names, which must be callable. Raises PluginError."""
+    module_name, _, name = text.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
-        value = getattr(import_module(module), attribute, None)
-    except ModuleNotFoundError as error:
-        raise PluginError(f"{name}: there is no module {error.name!r}, neither installed nor in {here}") from None
-    except Exception as error:  # whatever the module's own code raises
-        raise PluginError(f"{name}: {module} cannot be imported ({type(error).__name__}: {error})") from error
-    if value is None:
-        raise PluginError(f"{name}: the module {module} has no {attribute!r}")
-    return value
+        module = import_module(module_name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
+            raise PluginError(f"{text}: there is no module {error.name!r} in {os.getcwd()} or installed") from None
+        what = f"{type(error).__name__}: {error}"
+        raise PluginError(f"{text}: importing {module_name} failed with {what}") from error
+    if not hasattr(module, name):
+        raise PluginError(f"{text}: {getattr(module, '__file__', module_name)} has no {name!r}")
+    if not callable(getattr(module, name)):
+        raise PluginError(f"{text}: {name} is not callable but of type {type(getattr(module, name)).__name__}")
+    return getattr(module, name)
 
 
-def load_search(name: str) -> Retriever:
-    """An instance of the class that `name` leads to, made without arguments (or what is there, if it is no class)."""
-    value = load_plugin(name)
+def make_retriever(text: str, profile: Any) -> Any:
+    """The object with `.search(queries, k)` that a class or function makes, of the profile if it takes `profile`."""
+    factory = load_plugin(text)
     try:
-        retriever = value() if isinstance(value, type) else value
+        takes_profile = "profile" in signature(factory).parameters
+        retriever = factory(profile=profile) if takes_profile else factory()
+    except UserError:
+        raise
     except Exception as error:
-        raise PluginError(f"{name}: {name.partition(':')[2]}() failed ({type(error).__name__}: {error})") from error
+        what = f"{type(error).__name__}: {error}"
+        raise PluginError(f"{text}: it is called without arguments, or with profile=..., and failed: {what}") from error
     if not callable(getattr(retriever, "search", None)):
-        raise PluginError(f"{name}: it has no method search(queries, k)")
+        raise PluginError(f"{text}: it made a {type(retriever).__name__}, which has no method search(queries, k)")
     return retriever

@@ -8,7 +8,6 @@ import torch
 
 from searchr1_lite.config import ConfigError, Profile
 from searchr1_lite.errors import UserError
-from searchr1_lite.plugins import is_plugin, load_plugin
 from searchr1_lite.rollout.policy import load_skeleton
 from searchr1_lite.rollout.protocol import PROMPTS
 
@@ -50,8 +49,6 @@ def check_settings(profile: Profile) -> None:
     if profile.strategy not in PROMPTS:
         several = f"strategy {profile.strategy!r} is several texts, and one trajectory is trained"
         raise ConfigError(f"{several}; there are {', '.join(PROMPTS)}")
-    if is_plugin(profile.reward):
-        load_plugin(profile.reward)
     if not profile.lora_r and profile.sampler == "vllm":
         raise ConfigError("lora_r = 0: a vLLM server is given adapters; take sampler = local, or an adapter")
     if profile.rollout_rows < profile.group_size:

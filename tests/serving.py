@@ -1,5 +1,6 @@
 """An ASGI app on a free port of this machine, for as long as a test needs it."""
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -7,13 +8,11 @@ from contextlib import contextmanager
 
 import uvicorn
 
-from searchr1_lite.retrieval.server import bind
-
 
 @contextmanager
 def serving(app) -> Iterator[str]:
     """Yields the address."""
-    with bind("127.0.0.1", 0) as listener:
+    with socket.create_server(("127.0.0.1", 0), backlog=2048) as listener:
         runner = uvicorn.Server(uvicorn.Config(app, log_level="critical", timeout_keep_alive=60))
         thread = threading.Thread(target=runner.run, kwargs={"sockets": [listener]}, daemon=True)
         port = listener.getsockname()[1]

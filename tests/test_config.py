@@ -30,6 +30,14 @@ def test_there_are_the_tiny_run_and_the_real_ones():
     [
         ({"learning_rat": 1.0}, "learning_rat: there is no such setting; did you mean learning_rate?"),
         ({"steps": "many"}, "steps: .*valid integer.*'many'"),
+        ({"learning_rate": float("inf")}, "learning_rate: .*finite number"),
+        ({"seed": 2**32}, "seed: .*less than 4294967296"),
+        ({"defects": ["no_clip"]}, r"defects: .* by searchr1_lite\.lab\.defects\.train_broken .*notebook 10"),
+        (
+            {"reward": "exact"},
+            "reward: no reward 'exact'; did you mean exact_match.; there are exact_match, f1, .* module:name",
+        ),
+        ({"reward": "a:b:c"}, "no reward 'a:b:c'"),
         ({"steps": 2.5}, "steps: .*2.5"),
         ({"steps": 0}, "steps: .*greater than 0"),
         ({"group_size": 1}, "group_size = 1 has no group"),
@@ -41,8 +49,11 @@ def test_there_are_the_tiny_run_and_the_real_ones():
         ({"masked": "perhaps"}, "masked: .*'perhaps'"),
         ({"questions_per_step": 5, "group_size": 5, "updates_per_rollout": 4}, "questions_per_step x group_size = 25"),
         ({"max_context_tokens": 100}, "max_context_tokens = 100 leaves no room"),
+        ({"retriever": "bm52"}, r"no retriever 'bm52'; did you mean bm25\?"),
+        ({"retriever": "online:serpapi"}, r"no retriever 'online:serpapi'.*searchr1_lite\.retrieval\.online:SerpAPI"),
+        ({"retriever": "milvus:"}, "no retriever 'milvus:'"),
         ({"retriever": "dense"}, "retriever: .*no retriever 'dense'; there are bm25, flat, "),
-        ({"retriever": "bm25+oracle"}, "no retriever 'oracle'"),
+        ({"retriever": "bm25+oracle"}, "no retriever 'oracle' to be fused; there are"),
         ({"retriever": "bm25+"}, "no retriever ''"),
         ({"retriever": "faiss:"}, "no retriever 'faiss:'"),
         ({"retriever": "oracle", "noise_end": 0.5}, "an oracle has no noise"),
@@ -61,7 +72,9 @@ def test_what_cannot_work_is_refused(override, message):
         ("bm25+faiss:IVF64,SQ8+index:runs/a", ["bm25", "faiss:IVF64,SQ8", "index:runs/a"]),
         ("oracle", ["oracle"]),
         ("http://127.0.0.1:8000/retrieve?a=1+2", ["http://127.0.0.1:8000/retrieve?a=1+2"]),
-        ("milvus:http://host:19530/a+b", ["milvus:http://host:19530/a+b"]),
+        ("milvus:my+own.db", ["milvus:my+own.db"]),
+        ("milvus:http://h:19530/wiki", ["milvus:http://h:19530/wiki"]),
+        ("flat+my.module:MySearch", ["flat", "my.module:MySearch"]),
     ],
 )
 def test_what_a_retriever_is_made_of(retriever, parts):
@@ -74,17 +87,20 @@ def test_all_faults_are_in_one_message():
     assert all(name in str(raised.value) for name in ("steps", "beta", "no_such"))
 
 
-def test_numbers_and_truths_may_be_texts_and_nothing_else_may(tmp_path):
-    """YAML reads 1e-5, without a point, as text, and papermill's -p passes false as text."""
-    text = (PROFILES / "tiny.yaml").read_text(encoding="utf-8")
+def test_a_number_that_yaml_reads_as_text_is_a_number(tmp_path):
     path = tmp_path / "mine.yaml"
+    text = (PROFILES / "tiny.yaml").read_text(encoding="utf-8")
     path.write_text(text.replace("learning_rate: 0.003", "learning_rate: 1e-5"), encoding="utf-8")
     assert load_profile(path).learning_rate == 1e-5
-    profile = load_profile("tiny", steps="5", masked="false")
-    assert (profile.steps, profile.masked) == (5, False)
-    for wrong in ({"steps": "five"}, {"steps": 1.5}, {"masked": "maybe"}, {"masked": 2}, {"model": 3}):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
-            load_profile("tiny", **wrong)
+    changed = load_profile("tiny", steps="5", masked="false", learning_rate=1)  # papermill's -p masked false
+    assert (changed.steps, changed.masked, changed.learning_rate) == (5, False, 1.0)
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\xff", b"seed: 2026-99-99", b"a: !!timestamp x", b"[" * 5000])
+def test_a_file_that_is_no_yaml_is_one_error(tmp_path, content):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"bad\.yaml: this is not YAML in UTF-8"):
+        load_profile(tmp_path / "bad.yaml")
 
 
 def test_a_missing_setting_and_a_missing_profile(tmp_path):

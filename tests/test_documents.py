@@ -1,10 +1,8 @@
 """Documents to passages: nothing lost or doubled, ids and titles as promised, every fault named with its file."""
 
 import codecs
-import gzip
 import json
 import os
-import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -74,11 +72,8 @@ def test_ids_are_paths_and_numbers_and_titles_come_from_the_document(tmp_path):
         a__z_md="---\n# no heading\n---\n```\n# no heading\n```\nfirst\r\n\n## The *real* one ##\r\n\n# Later\n",
         a__y_MARKDOWN="Under lined\r\n===\r\ntext",
         a__x_md="no heading at all, #tag",
-        c_jsonl='{"title": "My  \\"own\\"\\ntitle", "text": "one"}\n{"text": "two"}\n{"contents": "\\"T\\"\\nthree"}\n'
-        '{"contents": "no title here"}\n',
         d_html=PAGE.format(charset=""),
     )
-    (tmp_path / "docs/e.jsonl.gz").write_bytes(gzip.compress(b'{"text": "zipped", "title": ""}\n'))
     found = {passage.id: (passage.title, passage.text) for passage in corpus(tmp_path / "docs")}
     assert list(found)[:6] == ["a/x.md#1", "a/y.MARKDOWN#1", "a/z.md#1", "b.txt#1", "b.txt#2", "b.txt#3"]
     assert found["a/x.md#1"] == ("x.md", "no heading at all, #tag")
@@ -86,14 +81,7 @@ def test_ids_are_paths_and_numbers_and_titles_come_from_the_document(tmp_path):
     assert found["a/z.md#1"][0] == "The *real* one"
     assert found["b.txt#1"][0] == "b.txt"
     assert " ".join(found[f"b.txt#{n}"][1] for n in (1, 2, 3)).split() == (PROSE * 12).split()
-    assert [found[f"c.jsonl#{n}"] for n in (1, 2, 3, 4)] == [
-        ('My "own" title', "one"),
-        ("c.jsonl", "two"),
-        ("T", "three"),
-        ("c.jsonl", "no title here"),
-    ]
     assert found["d.html#1"][0] == 'A "quoted" page & more'
-    assert found["e.jsonl.gz#1"] == ("e.jsonl.gz", "zipped")
 
 
 def test_ids_are_below_the_folder_that_all_files_share_and_each_file_counts_once(tmp_path):
@@ -140,16 +128,11 @@ def test_a_page_with_an_xml_declaration(tmp_path):
         ),
         ("a.txt", b" \n\t", r"a\.txt: there is no text in it"),
         ("a.md", b"", r"a\.md: there is no text in it"),
-        ("a.html", b"<html><body></body></html>", r"a\.html: trafilatura finds no text"),
-        ("a.html", b"", r"a\.html: trafilatura finds no text"),
+        ("a.html", b"<html><body></body></html>", r"a\.html: there is no text in it"),
+        ("a.html", b"", r"a\.html: there is no text in it"),
         ("a.html", b"<meta charset=klingon><p>text</p>", r"a\.html: cannot be read as klingon \(unknown encoding"),
         ("a.html", b"<meta charset=utf-8><p>caf\xe9</p>", r"a\.html: cannot be read as utf-8"),
-        ("a.jsonl", b'{"text": "a"}\n{"body": "b"}\n', r"a\.jsonl:2: the field 'text' is missing; there are 'body'"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": " "}\n', r"a\.jsonl:2: there is no text in it"),
-        ("a.jsonl", b'{"text": "a", "title": 3}\n', r"a\.jsonl:1: 'title' must be a string"),
-        ("a.jsonl", b'{"text": "a"}\n{"text"\n', r"a\.jsonl:2: not JSON"),
-        ("a.jsonl", b"", r"a\.jsonl: the file is empty, it holds no documents"),
-        ("a.pdf", b"%PDF", r"a\.pdf: not a type that can be read; there are \.txt, \.md, .*\.jsonl\.gz"),
+        ("a.pdf", b"%PDF", r"a\.pdf: not a type that can be read; there are \.txt, \.md, .*\.htm"),
         ("README", b"text", r"README: not a type"),
     ],
 )
@@ -167,23 +150,20 @@ def test_each_fault_is_named_and_nothing_is_written(tmp_path, name, content, say
 
 def test_files_that_are_not_there_or_not_to_be_read(tmp_path, monkeypatch):
     (tmp_path / "docs/empty").mkdir(parents=True)
-    with pytest.raises(DocumentError, match=r"empty: there are no files"):
-        find_files([tmp_path / "docs/empty"])
-    with pytest.raises(DocumentError, match=r"gone\.txt: there is no such file"):
-        find_files([tmp_path / "gone.txt"])
+    with pytest.raises(DocumentError, match=r"no documents in .*empty"):
+        write_corpus([tmp_path / "docs/empty"], tmp_path / "c.jsonl")
     (tmp_path / "docs/broken.txt").symlink_to(tmp_path / "gone.txt")
-    with pytest.raises(DocumentError, match=r"broken\.txt: there is no such file"):
-        find_files([tmp_path / "docs"])
+    with pytest.raises(FileNotFoundError, match=r"broken\.txt"):
+        write_corpus([tmp_path / "docs"], tmp_path / "c.jsonl")
     (tmp_path / "docs/broken.txt").unlink()
     (tmp_path / "docs" / os.fsdecode(b"\xff.txt")).write_text("text")
-    with pytest.raises(DocumentError, match=r"udcff\.txt': the name is not UTF-8"):
-        find_files([tmp_path / "docs"])
+    assert [passage.id for passage in corpus(tmp_path / "docs")] == ["\ufffd.txt#1"]
 
     def denied(path):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "scandir", denied)
-    with pytest.raises(DocumentError, match=r"the folder .*docs cannot be read \(Permission denied\)"):
+    with pytest.raises(PermissionError, match=r"docs"):
         find_files([tmp_path / "docs"])
 
 
@@ -191,14 +171,6 @@ def test_folders_behind_links_are_read_too(tmp_path):
     write(tmp_path, real__a_txt="text", docs__b_txt="text")
     (tmp_path / "docs/link").symlink_to(tmp_path / "real")
     assert [passage.id for passage in corpus(tmp_path / "docs")] == ["b.txt#1", "link/a.txt#1"]
-
-
-@pytest.mark.parametrize(("out", "words"), [("corpus.json", 100), ("docs/a.jsonl", 100), ("corpus.jsonl", 0)])
-def test_an_output_that_cannot_be_is_refused(tmp_path, out, words):
-    write(tmp_path / "docs", a_jsonl='{"text": "a"}\n')
-    with pytest.raises(DocumentError, match=r"must be a \.jsonl, none of the documents, and at least 1 word"):
-        write_corpus([tmp_path / "docs"], tmp_path / out, words)
-    assert (tmp_path / "docs/a.jsonl").read_text() == '{"text": "a"}\n'
 
 
 @pytest.mark.parametrize(("library", "name"), [("semchunk", "a.txt"), ("trafilatura", "a.html")])
@@ -211,14 +183,15 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch, library, name
         list(passages_of(tmp_path / name, name))
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     write(tmp_path, docs__a_txt=PROSE * 12, bad__a_txt=b"\xff")
-    command = [sys.executable, "-m", "searchr1_lite", "index", "documents"]
-    run = subprocess.run([*command, "docs", "--out", "c.jsonl", "--words", "60"], cwd=tmp_path, capture_output=True)
-    assert run.returncode == 0 and run.stdout.decode() == "c.jsonl: 4 passages\n" and not run.stderr
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(["index", "documents", "docs", "--out", "c.jsonl", "--words", "60"])
+    assert end.value.code == 0 and capsys.readouterr().out == "c.jsonl: 4 passages\n"
     rows = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == [f"a.txt#{n}" for n in range(1, 5)]
     assert all(row["contents"].startswith('"a.txt"\n') for row in rows)
     with pytest.raises(SystemExit, match=r"^error: .*a\.txt: cannot be read as utf-8"):
-        main(["index", "documents", str(tmp_path / "bad"), "--out", str(tmp_path / "d.jsonl")])
+        main(["index", "documents", "bad", "--out", "d.jsonl"])
     assert not (tmp_path / "d.jsonl").exists()

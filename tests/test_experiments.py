@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import searchr1
 from synthetic_runs import metrics_row, summary
 
-from searchr1_lite.analysis.runs import RunError
+from searchr1_lite.analysis.runs import RunError, load_run
+from searchr1_lite.analysis.summary import curve_measures, run_entry, sum_up, write_result
 from searchr1_lite.config import Profile, load_profile, save_config
-from searchr1_lite.experiments import __main__ as command
+from searchr1_lite.experiments import plan
+from searchr1_lite.experiments import run as command
 from searchr1_lite.experiments.plan import BASE, FOLDER, SMOKE, ExperimentError, experiment_names, load_experiment, slug
-from searchr1_lite.experiments.result import curve_measures, sum_up, write_result
 from searchr1_lite.experiments.run import run_experiment
 from searchr1_lite.lab.profile import load_broken
 
@@ -27,7 +29,7 @@ STUB = "test_experiments"  # this module is the worker: `train_run` below stands
 TWO = {"title": "T", "question": "Q?", "seeds": [0, 1], "minutes": 2, "arms": {"a": {}, "b": {"masked": False}}}
 
 
-def train_run(profile: Profile, run_folder: Path) -> None:
+def train_run(profile: Profile, run_folder: Path, also: dict | None = None) -> None:
     """A run of four steps in no time. What is in `orders` next to the runs says what goes wrong."""
     orders = run_folder.parent / "orders"
     order = orders.read_text() if orders.exists() else ""
@@ -193,7 +195,7 @@ def test_a_failing_run_does_not_stop_the_others(tmp_path, order, failing, messag
         name = failing.format(value)
         assert line == f"{name} FAILED: {message.format(value)}{runs}/logs/{name}.log)"
     assert len(list(runs.glob("*/evaluation.json"))) == 2
-    with pytest.raises(ExperimentError, match=r"mine: 2 of 4 runs are missing: .*seed0.*--partial"):
+    with pytest.raises(RunError, match=r"mine: 2 of 4 runs are missing: .*seed0.*--partial"):
         sum_up(experiment, runs)
     (runs / "orders").unlink()
     run_experiment(experiment, runs, worker=STUB)
@@ -263,7 +265,7 @@ def test_what_is_kept_is_what_the_runs_hold(tmp_path):
     for name, (_, profile) in experiment.runs().items():
         write_finished(runs / name, profile)
     record = sum_up(experiment, runs)
-    assert record["command"] == f"python -m searchr1_lite.experiments {tmp_path}/mine.yaml --seeds 0 1"
+    assert record["command"] == f"searchr1 experiment {tmp_path}/mine.yaml --seeds 0,1"
     assert record["date"] == "2026-01-02" and record["settings"] == TWO["arms"] and "missing" not in record
     assert [entry["run"] for entry in record["arms"]["b"]] == ["masked=False-seed0", "masked=False-seed1"]
     assert [entry["seed"] for entry in record["arms"]["a"]] == [0, 1]
@@ -290,7 +292,7 @@ def test_what_is_kept_is_what_the_runs_hold(tmp_path):
 
 def test_a_part_says_what_it_is(tmp_path):
     runs, experiment = tmp_path / "runs", load_experiment(written(tmp_path))
-    with pytest.raises(ExperimentError, match="4 of 4 runs are missing"):
+    with pytest.raises(RunError, match="4 of 4 runs are missing"):
         sum_up(experiment, runs, partial=True)
     for name in ("base-seed0", "base-seed1", "masked=False-seed1"):
         write_finished(runs / name, experiment.runs()[name][1])
@@ -311,50 +313,69 @@ def test_runs_made_otherwise_are_refused(tmp_path):
     sum_up(experiment, runs)  # a setting younger than the run had its default there
     for key in ("topk", "seed"):  # of another seed: a folder that was copied and renamed
         config.write_text(yaml.safe_dump(settings | {key: 7}))
-        with pytest.raises(ExperimentError, match=rf"base-seed0: made with another {key}; delete it"):
+        with pytest.raises(RunError, match=rf"base-seed0: made with another {key}; delete it"):
             sum_up(experiment, runs)
     config.write_text(yaml.safe_dump(settings))
     file = runs / "masked=False-seed0/environment.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"date": "2025", "versions": {"torch": "1"}}))
-    with pytest.raises(ExperimentError, match=r"other versions than the newest run.*: masked=False-seed0"):
+    with pytest.raises(RunError, match=r"masked=False-seed0 and .* different versions"):
         sum_up(experiment, runs)
 
 
-def test_the_command_executes_the_notebook_for_each(tmp_path, monkeypatch, capsys):
-    import papermill
+def test_the_command_runs_each_and_writes_its_result(tmp_path, monkeypatch, capsys):
+    made = []
 
-    calls, error = [], papermill.exceptions.PapermillExecutionError(1, 1, "", "ExperimentError", "2 runs failed", [])
+    def run(experiment, folder, workers):
+        made.append((experiment.name, experiment.seeds, workers))
+        if experiment.name == "mask":
+            raise ExperimentError("2 runs failed")
+        for name, (_, profile) in experiment.runs().items():
+            write_finished(folder / name, profile)
 
-    def execute(source, out, parameters, **_):
-        assert source == command.NOTEBOOK and source.is_file()
-        calls.append(parameters | {"out": out.name})
-        if parameters["experiment"] == "mask":
-            raise error
-
-    monkeypatch.setattr(papermill, "execute_notebook", execute)
-    monkeypatch.setattr(command, "RUNS", tmp_path)
-    with pytest.raises(SystemExit, match=r"error: mask: 2 runs failed \(.*mask.ipynb\)"):
-        command.main(["mask", "topk", "--seeds", "3", "4"])
-    common = {"seeds": [3, 4], "partial": False, "workers": 2}
-    assert calls == [{"experiment": name, "out": f"{name}.ipynb"} | common for name in ("mask", "topk")]
-    calls.clear()
-    command.main(["start", "--partial"])
-    assert calls == [{"experiment": "start", "out": "start.ipynb", "seeds": [0, 1, 2], "partial": True, "workers": 2}]
-    monkeypatch.setattr(papermill, "execute_notebook", lambda *_, **__: exec("raise KeyboardInterrupt"))
-    with pytest.raises(SystemExit, match="stopped; the same command goes on from here"):
-        command.main(["all"])
+    monkeypatch.setattr(command, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(plan, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "run_experiment", run)
+    with pytest.raises(SystemExit, match=r"^error: mask: 2 runs failed$"):
+        searchr1("experiment", "mask", "topk", "--seeds", "3,4")
+    assert made == [("mask", [3, 4], 2), ("topk", [3, 4], 2)]
+    record = json.loads((tmp_path / "data/results/experiments/topk.json").read_text())
+    assert record["seeds"] == [3, 4] and not (tmp_path / "data/results/experiments/mask.json").exists()
+    made.clear()
+    searchr1("experiment", "topk", "--seeds", "3,4,5", "--partial")
+    record = json.loads((tmp_path / "data/results/experiments/topk.json").read_text())
+    assert not made and len(record["missing"]) == len(record["settings"])  # nothing is trained, the third seed lacks
     with pytest.raises(SystemExit, match="error: no experiment 'maks'"):
-        command.main(["topk", "maks"])
+        searchr1("experiment", "topk", "maks")
 
 
 def test_the_list_counts_runs_once(capsys):
-    command.main(["--list"])
+    searchr1("experiment")
     printed = capsys.readouterr().out
-    assert "mask: The retrieved-token mask (4 arms x 5 seeds = 20 runs, " in printed
-    command.main(["start", "dynamics", "--list"])
-    printed = capsys.readouterr().out
-    minutes = load_experiment("start").minutes + load_experiment("dynamics").minutes
-    assert printed.count("(") == 2 and f"\n9 different runs; less than {minutes:g} minutes" in printed
+    assert "mask: The retrieved-token mask (4 arms x 5 seeds = 20 runs, " in printed and "ten_ways: " in printed
+    experiments = [load_experiment(name) for name in ("start", "dynamics")]
+    minutes = sum(one.minutes for one in experiments)
+    assert f"\n9 different runs; less than {minutes:g} minutes" in plan.overview(experiments)
+
+
+def test_trained_models_are_asked_again_where_an_experiment_says_so(tmp_path, monkeypatch):
+    from searchr1_lite.evaluation import evaluate
+    from searchr1_lite.training import loop
+
+    experiment, asked = load_experiment("retriever", [0]), []
+    assert experiment.also_evaluate == {"retriever": "bm25", "noise_start": 0.0, "noise_end": 0.0}
+    run, (_, profile) = next(iter(experiment.runs().items()))
+
+    def evaluate_into(out, profile, decoding, adapter):
+        asked.append((profile.retriever, decoding, adapter))
+        out.mkdir()
+        (out / "evaluation.json").write_text(json.dumps({"greedy": {"exact_match": 0.25}}))
+
+    monkeypatch.setattr(loop, "train", lambda profile, folder, progress: write_finished(folder, profile))
+    monkeypatch.setattr(evaluate, "evaluate_into", evaluate_into)
+    (tmp_path / "logs").mkdir()
+    command.train_run(profile, tmp_path / run, experiment.also_evaluate)
+    assert asked == [("bm25", "greedy", tmp_path / run / "adapter")] and profile.retriever == "oracle"
+    assert run_entry(load_run(tmp_path / run))["again"] == {"exact_match": 0.25}
 
 
 def test_smoke_leaves_no_result_among_the_findings():

@@ -488,7 +488,7 @@ def test_a_service_gets_the_token_of_the_environment(monkeypatch):
     [
         ({"retriever": "http://"}, None),
         ({"retriever": "http://:80"}, "is no address"),
-        ({"retriever": "nowhere_at_all:Search"}, "there is no module 'nowhere_at_all'"),
+        ({"retriever": "nowhere_at_all:Search"}, "there is no module 'nowhere_at_all' in"),
         ({"retriever": "empty", "reranker": "nowhere/to-be-found"}, "reranker 'nowhere/to-be-found'"),
     ],
 )

@@ -1,166 +1,152 @@
-"""Search engines and rewards of a user's own, from a folder outside the package."""
+"""Code of a user's own folder as retriever and reward: found by name, used in training, every fault one error."""
 
 import json
-import logging
-import subprocess
 import sys
-from types import SimpleNamespace
+from pathlib import Path
 
-import httpx
 import pytest
-from serving import serving
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from searchr1_lite.config import ROOT, ConfigError, load_profile
-from searchr1_lite.plugins import PluginError, is_plugin, load_plugin, load_search
+from searchr1_lite.cli import main
+from searchr1_lite.config import PLUGIN, ConfigError, load_profile
+from searchr1_lite.files import read_rows
+from searchr1_lite.plugins import PluginError, load_plugin, make_retriever
 from searchr1_lite.retrieval.index import load_retriever
-from searchr1_lite.retrieval.online import SerpAPI
+from searchr1_lite.retrieval.rerank import Hybrid
+from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.training.rewards import trajectory_reward
-from searchr1_lite.types import RetrievalError
+from searchr1_lite.types import Passage, Question
 
-MINE = """
+MODULE = """
 from searchr1_lite.types import Hit, Passage
 
 class MySearch:
+    def __init__(self, profile=None):
+        self.seed = profile.seed if profile else None
+
     def search(self, queries, k):
-        return [[Hit(Passage("1", "Mine", f"about {query}"), 1.0)][:k] for query in queries]
+        return [[Hit(Passage("mine", "Mine", f"about {query}"), 1.0)][:k] for query in queries]
+
+def make():
+    return MySearch()
+
+def my_reward(trajectory, question):
+    return len(question.golden_answers) + 0.25
+
+def two(trajectory, question):
+    return "2"
+
+def endless(trajectory, question):
+    return float("inf")
+
+def fails():
+    raise ValueError("no network")
 
 class NoSearch:
     pass
 
-class Fails:
-    def __init__(self):
-        raise RuntimeError("no key")
-
-def my_reward(trajectory):
-    return 0.25 * len(trajectory.turns)
-
-def no_number(trajectory):
-    return "much"
-
-CONSTANT = 3
+number = 7
 """
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    name = f"mine_{tmp_path.name.replace('-', '_')}"
-    (tmp_path / f"{name}.py").write_text(MINE)
-    (tmp_path / "broken_module.py").write_text("1 / 0")
-    (tmp_path / "needs_more.py").write_text("import not_there_either")
+def folder(tmp_path, monkeypatch) -> Path:
+    """A folder of a user's, in which the process runs; what is imported from it is forgotten afterwards."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/__init__.py").touch()
+    (tmp_path / "own/tools.py").write_text(MODULE)
+    (tmp_path / "own/broken.py").write_text("import json\njson.no_such")
+    (tmp_path / "own/lacking.py").write_text("import no_such_library")
+    (tmp_path / "own/leaving.py").write_text("raise SystemExit(3)")
+    (tmp_path / "own/wrong.py").write_text("def f(:")
     monkeypatch.chdir(tmp_path)
-    return name
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    yield tmp_path
+    for name in [name for name in sys.modules if name.split(".")[0] == "own"]:
+        del sys.modules[name]
 
 
-def test_names_of_plugins_are_no_other_settings():
-    assert is_plugin("my_module:MySearch") and is_plugin("a.b.c:d")
-    others = ("index:folder", "faiss:Flat", "milvus:file", "http:x", "bm25", "a:", ":a", "a b:c", "bm25+flat", "a:b:c")
-    assert not any(map(is_plugin, others))
+@pytest.mark.parametrize(("name", "seed"), [("MySearch", 5), ("make", None)])
+def test_a_class_or_a_function_makes_the_retriever(folder, name, seed):
+    retriever = load_retriever(load_profile("tiny", retriever=f"own.tools:{name}", seed=5, corpus="no/such.jsonl"))
+    assert retriever.seed == seed
+    assert [hit.passage.text for hit in retriever.search(["moon"], 1)[0]] == ["about moon"]
 
 
-def test_a_search_engine_of_your_own(here):
-    retriever = load_retriever(load_profile("tiny", retriever=f"{here}:MySearch"))
-    assert [hit.passage.text for hit in retriever.search(["foxes"], 3)[0]] == ["about foxes"]
+def test_it_is_fused_with_others(folder):
+    profile = load_profile("tiny", retriever="bm25+own.tools:MySearch")
+    retriever = load_retriever(profile, [Passage("1", "Moon", "far")], folder / "cache")
+    assert isinstance(retriever, Hybrid)
+    assert {hit.passage.id for hit in retriever.search(["moon"], 2)[0]} == {"1", "mine"}
+
+
+def test_a_reward_is_given_trajectory_and_question(folder):
+    trajectory = Trajectory(Question("q", "?", ("a", "b")), (), (), (), (), (), True, "answer")
+    assert trajectory_reward(trajectory, "own.tools:my_reward") == 2.25
+    for name, says in (
+        ("own.tools:two", "own.tools:two gave question 'q' no reward, but TypeError"),
+        ("own.tools:endless", "a reward must be a finite number, got inf for 'q'"),
+        ("own.tools:fails", "own.tools:fails gave question 'q' no reward, but TypeError: .*positional"),
+    ):
+        with pytest.raises(PluginError, match=says):
+            trajectory_reward(trajectory, name)
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "says"),
     [
-        ("no_such_module:X", "there is no module 'no_such_module', neither installed nor in "),
-        ("needs_more:X", "there is no module 'not_there_either'"),
-        ("broken_module:X", r"broken_module cannot be imported \(ZeroDivisionError: division by zero\)"),
-        ("HERE:Nothing", "has no 'Nothing'"),
-        ("HERE:NoSearch", r"it has no method search\(queries, k\)"),
-        ("HERE:CONSTANT", "it has no method search"),
-        ("HERE:Fails", r"Fails\(\) failed \(RuntimeError: no key\)"),
+        ("no_such_module:x", "there is no module 'no_such_module' in .* or installed"),
+        ("own.nothing:x", "there is no module 'own.nothing'"),
+        ("own.tools.deeper:x", "there is no module 'own.tools.deeper'|not a package"),
+        ("own.lacking:x", "importing own.lacking failed with ModuleNotFoundError: .*no_such_library"),
+        ("own.broken:x", "importing own.broken failed with AttributeError: .*no_such"),
+        ("own.wrong:f", "importing own.wrong failed with SyntaxError"),
+        ("own.leaving:x", "importing own.leaving failed with SystemExit: 3"),
+        ("own.tools:MySerch", r"tools\.py has no 'MySerch'"),
+        ("own.tools:number", "number is not callable but of type int"),
+        ("own.tools:NoSearch", r"it made a NoSearch, which has no method search\(queries, k\)"),
+        ("own.tools:my_reward", "called without arguments, or with profile=..., and failed: TypeError"),
+        ("own.tools:fails", "failed: ValueError: no network"),
+        ("builtins:dict", "ValueError: no signature found"),
     ],
 )
-def test_what_cannot_search_is_one_clear_error(here, name, message):
-    with pytest.raises(PluginError, match=message):
-        load_search(name.replace("HERE", here))
+def test_each_fault_is_one_clear_error(folder, name, says):
+    with pytest.raises(PluginError, match=says):
+        make_retriever(name, load_profile("tiny"))
 
 
-def test_a_reward_of_your_own(here):
-    trajectory = SimpleNamespace(turns=[1, 2, 3])
-    assert trajectory_reward(trajectory, f"{here}:my_reward") == 0.75
-    for name, message in (("no_number", "a reward is a number, got 'much'"), ("CONSTANT", "no function")):
-        with pytest.raises(PluginError, match=message):
-            trajectory_reward(trajectory, f"{here}:{name}")
-    assert load_plugin(f"{here}:CONSTANT") == 3
-    with pytest.raises(ConfigError, match="no reward 'exact'; there are exact_match, f1"):
-        load_profile("tiny", reward="exact")
+NAMES = st.sampled_from(["own", "os", "json", "path", "x", "é", "", "1", "index", "http", "faiss", "bm25"])
 
 
-def test_both_train_from_a_folder_outside_the_package(here, tmp_path):
-    settings = ["steps=1", "questions_per_step=2", "group_size=2", "updates_per_rollout=1", "eval_questions=2"]
-    names = [f"retriever={here}:MySearch", f"reward={here}:my_reward", "save_trajectories_every=1"]
-    command = [sys.executable, "-m", "searchr1_lite", "train", "--out", "run", *settings, *names]
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    [metrics] = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert metrics["reward"] >= 0.25  # a quarter a turn, whatever it says
-    wrong = subprocess.run(
-        [*command[:5], "other", "reward=nowhere:at_all"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert wrong.returncode == 1 and "error: nowhere:at_all: there is no module" in wrong.stderr
-    assert not (tmp_path / "other/metrics.jsonl").exists()
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(NAMES, st.sampled_from([":", ".", "+", "/", "", "\n", " "])), max_size=5) | st.text(max_size=8)
+)
+def test_odd_names_are_user_errors(pieces):
+    text = pieces if isinstance(pieces, str) else "".join(map("".join, pieces))
+    for setting in ("retriever", "reward"):
+        try:
+            value = getattr(load_profile("tiny", **{setting: text}), setting)
+        except ConfigError:
+            continue
+        if PLUGIN.fullmatch(value):
+            try:
+                assert callable(load_plugin(value))
+            except PluginError as error:
+                assert value in str(error)
 
 
-# The example
-
-
-@pytest.fixture
-def web(monkeypatch):
-    """A stand-in for SerpAPI; what it was asked."""
-    from fastapi import FastAPI, Response
-
-    asked, app = [], FastAPI()
-
-    @app.get("/search")
-    def search(q: str, num: int, api_key: str, engine: str):
-        asked.append((q, num, api_key, engine))
-        if q == "nothing":
-            return {"error": "Google hasn't returned any results for this query."}
-        if q == "wrong key":
-            return Response('{"error": "Invalid API key: s3cret"}', 401, media_type="application/json")
-        if q == "no JSON":
-            return Response("<html>")
-        results = [{"link": f"http://x/{n}", "title": f"T{n}", "snippet": f"{q} {n}"} for n in range(5)]
-        return {"organic_results": [*results, {"link": "http://bare"}]}
-
-    monkeypatch.setenv("SERPAPI_API_KEY", "s3cret")
-    with serving(app) as url:
-        yield url, asked
-
-
-def test_serpapi_answers_in_order_and_never_shows_its_key(web, caplog):
-    url, asked = web
-    caplog.set_level(logging.DEBUG)
-    retriever = SerpAPI(f"{url}/search")
-    first, nothing, blank = retriever.search(["fox", "nothing", " "], 2)
-    assert [(hit.passage.id, hit.passage.title, hit.passage.text, hit.score) for hit in first] == [
-        ("http://x/0", "T0", "fox 0", 1.0),
-        ("http://x/1", "T1", "fox 1", 0.5),
-    ]
-    assert nothing == blank == [] and sorted(asked)[0] == ("fox", 2, "s3cret", "google") and len(asked) == 2
-    for query, message in (("wrong key", "status 401.*is SERPAPI_API_KEY right"), ("no JSON", "no usable answer")):
-        with pytest.raises(RetrievalError, match=message) as raised:
-            retriever.search([query], 2)
-        assert "s3cret" not in str(raised.value)
-    assert "s3cret" not in caplog.text
-
-
-def test_serpapi_tries_again_and_gives_up(monkeypatch):
-    monkeypatch.setenv("SERPAPI_API_KEY", "s3cret")
-    retriever, tries = SerpAPI("http://127.0.0.1:1/search"), []
-    monkeypatch.setattr(SerpAPI._fetch.retry, "sleep", lambda seconds: tries.append(seconds))
-    with pytest.raises(RetrievalError, match=r"no usable answer for 'fox' \(status 0\)"):
-        retriever.search(["fox"], 1)
-    assert len(tries) == 4
-    assert isinstance(retriever.client, httpx.Client)
-
-
-def test_serpapi_needs_a_key(monkeypatch):
-    monkeypatch.delenv("SERPAPI_API_KEY", raising=False)
-    with pytest.raises(PluginError, match="SerpAPI needs a key: set the environment variable SERPAPI_API_KEY"):
-        load_search("searchr1_lite.retrieval.online:SerpAPI")
+def test_training_with_both_from_the_users_folder(folder, capsys):
+    """One step of a base that searches; what it reads and what it earns are the plug-ins'."""
+    small = ["steps=1", "questions_per_step=2", "group_size=2", "updates_per_rollout=1", "eval_questions=2"]
+    small += ["max_turns=1", "max_response_tokens=24", "save_every=1", "save_trajectories_every=1", "rollout_rows=4"]
+    with pytest.raises(SystemExit) as end:
+        main(["train", "--out", "run", "retriever=own.tools:MySearch", "reward=own.tools:my_reward", *small])
+    assert end.value.code == 0
+    rows = [row for _, row in read_rows("run/trajectories.jsonl.gz", ValueError, "trajectories")]
+    assert [row["phase"] for row in rows].count("train") == 4 and {row["reward"] for row in rows} == {1.25}
+    assert "about " in json.dumps(rows)
+    for wrong in ("retriever=own.tools:MySerch", "reward=own.tools:my_rewrd"):
+        with pytest.raises(SystemExit, match=r"^error: own\.tools:my.* has no"):
+            main(["train", "--out", "other", wrong.replace("MySerch", "my_serch"), *small])

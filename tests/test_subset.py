@@ -19,7 +19,7 @@ from searchr1_lite.retrieval import encoders, index, subset
 from searchr1_lite.retrieval.corpus import join_contents, load_corpus
 from searchr1_lite.retrieval.encoders import Encoder, EncoderError
 from searchr1_lite.retrieval.index import load_retriever
-from searchr1_lite.retrieval.subset import AnswerSearch, sample_rest, things_needed, word_weights, words_of
+from searchr1_lite.retrieval.subset import AnswerSearch, sample_rest, things_needed, word_weights
 from searchr1_lite.tasks.questions import load_questions, read_questions
 from searchr1_lite.types import Passage, Question
 
@@ -104,13 +104,16 @@ def made(tmp_path: Path, monkeypatch, capsys):
     write_rows(tmp_path / "corpus.jsonl", ROWS)
     write_rows(tmp_path / "questions.jsonl.gz", QUESTIONS)
 
-    def run(*arguments: object, corpus: Path | None = None, questions: object = None) -> str:
-        command = ["index", "subset", corpus or tmp_path / "corpus.jsonl", questions or tmp_path / "questions.jsonl.gz"]
-        command += ["--out", tmp_path / "sub", "--distractors", 2, *arguments]
+    def run(*arguments: object) -> str:
+        # of arguments that stand twice, the command takes the later
+        standard = ["--out", tmp_path / "sub", "--distractors", 2]
+        given = list(arguments)
+        places = [given.pop(0) if given and isinstance(given[0], Path) else default for default in files]
         with pytest.raises(SystemExit) as stop:
-            main([*map(str, command)])
-        return capsys.readouterr().out if stop.value.code == 0 else str(stop.value.code)
+            main(["index", "subset", *map(str, [*places, *standard, *given])])
+        return str(stop.value.code) if stop.value.code else capsys.readouterr().out
 
+    files = [tmp_path / "corpus.jsonl", tmp_path / "questions.jsonl.gz"]
     return run
 
 
@@ -172,19 +175,17 @@ def test_a_file_of_questions_is_taken_whole_unless_a_split_is_asked(made, tmp_pa
 
 
 def test_the_questions_come_along_with_their_splits(made, tmp_path) -> None:
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub/new-questions.jsonl.gz").write_bytes(b"left by a call that was cut off")
     made()
     assert read_questions(tmp_path / "sub/questions.jsonl.gz") == read_questions(tmp_path / "questions.jsonl.gz")
     (tmp_path / "ten").mkdir()
     for split in ("train", "test"):
         row = {"question": "Who?", "golden_answers": ["A"], "metadata": {}}
         write_rows(tmp_path / f"ten/{split}.jsonl", [{"id": f"{split}{i}"} | row for i in range(10)])
-    made("--split", "train+test", "--limit", 7, questions=tmp_path / "ten")
+    made(tmp_path / "corpus.jsonl", tmp_path / "ten", "--split", "train+test", "--limit", 7)
     for split in ("train", "test"):
         keys = [question.id for question in load_questions(str(tmp_path / "sub/questions.jsonl.gz"), split)]
         assert len(keys) == 7 and all(key.startswith(split) for key in keys)
-    assert "share ids" in made("--split", "test+test", questions=tmp_path / "ten")
+    assert "share ids" in made(tmp_path / "corpus.jsonl", tmp_path / "ten", "--split", "test+test")
 
 
 @pytest.mark.parametrize("wrong", [("--distractors", -1), ("--per-question", 0), ("--limit", 0)])
@@ -220,7 +221,7 @@ def test_bm25_is_what_load_retriever_finds(made, tmp_path, capsys) -> None:
 def test_vectors_are_the_big_index_s_own(made, encoder, tmp_path, capsys) -> None:
     vectors = write_index(tmp_path / "big.index", tmp_path / "corpus.jsonl", encoder)
     assert "error" not in made("--index", tmp_path / "big.index")
-    assert len(encoder.model.texts) == 9  # four, twice, and a query: only to see that the index is this encoder's
+    assert len(encoder.model.texts) == 5  # four and a query, only to see that the index is this encoder's
     passages = load_corpus(str(tmp_path / "sub/corpus.jsonl.gz"))
     profile = load_profile("tiny", retriever="flat", encoder="intfloat/e5-base-v2")
     folders = [path for path in (tmp_path / "data/cache/indexes").iterdir() if path.is_dir()]
@@ -281,16 +282,6 @@ def test_a_broken_line_is_named_and_nothing_is_left(made, tmp_path, line) -> Non
     assert not (tmp_path / "sub").exists()
 
 
-@given(st.text())
-def test_words_are_those_of_the_regular_expression(text: str) -> None:
-    assert words_of(text) == re.findall(r"\w+", text.lower())
-
-
-@given(st.text(alphabet=st.characters(max_codepoint=127)))
-def test_words_of_ascii(text: str) -> None:
-    assert words_of(text) == re.findall(r"\w+", text.lower())
-
-
 WORDS = st.lists(st.sampled_from(["a", "the", "moon", "sea", "red", "1972", "von", "it"]), min_size=1, max_size=6)
 TEXTS = st.builds(" ".join, WORDS)
 
@@ -331,15 +322,6 @@ def test_the_quick_search_finds_what_the_slow_one_finds(texts: list[str], asked:
         assert [-row for _, row in sorted(best, reverse=True)] == slow_search(passages, question, keep)
 
 
-def test_light_words_together_still_beat_a_heavy_one() -> None:
-    """0.3 + 0.3 beats 0.4, so with 0.4 as the best so far only one of the two light words may be passed over."""
-    weights = {"red": 0.3, "sea": 0.3, "moon": 0.4, "it": 1.0}
-    search = AnswerSearch([Question("q", "red sea moon", ("it",))], weights, keep=1)
-    for row, text in enumerate(["it moon", "it red", "it red sea", "it moon"]):
-        search.look(row, Passage(str(row), "", text))
-    assert search.best == [[(0.6, -2)]]
-
-
 @given(st.integers(0, 40), st.sets(st.integers(0, 39)), st.integers(0, 50), st.integers(0, 9))
 def test_distractors_are_rows_of_the_rest(total: int, needed: set[int], number: int, seed: int) -> None:
     needed = {row for row in needed if row < total}
@@ -363,7 +345,7 @@ def test_hotpotqa(tmp_path, made) -> None:
     for number, row in enumerate(rows):
         del row["metadata"]["gold_ids" if number % 2 else "supporting_titles"]
     questions = write_rows(tmp_path / "hotpot.jsonl", rows)
-    made("--distractors", 300, corpus=HOTPOT / "corpus.jsonl.gz", questions=questions)
+    made(HOTPOT / "corpus.jsonl.gz", questions, "--distractors", 300)
     passages = load_corpus(str(tmp_path / "sub/corpus.jsonl.gz"))
     assert needed <= {passage.id for passage in passages}
     made_of = record(tmp_path)

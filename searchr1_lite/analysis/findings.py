@@ -1,8 +1,6 @@
 """What the paper claims, beside what the experiments measured: a verdict for every claim, each with its interval.
 
-    python -m searchr1_lite.analysis.findings data/results/experiments/*.json --out data/results/findings
-
-Reads result files (experiments/__main__.py writes them) and the `claims:` of experiments/<name>.yaml; writes a .json, a
+Reads result files (`searchr1 experiment` writes them) and the `claims:` of experiments/<name>.yaml; writes a .json, a
 .md and, beside each result file, a .png. A claim names two sides and what it expects of them:
 
 - the sides are two arms by one measure (`measure`, and arms as sides), or two measures of one arm (`arm`, and measures
@@ -16,7 +14,6 @@ it did is not said here; notebook 08 tries. No model is loaded, no torch.
 import os
 import re
 from collections.abc import Sequence
-from io import BytesIO
 from math import ceil, floor, inf, isfinite
 from pathlib import Path
 from typing import Any
@@ -25,14 +22,15 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 from scipy.stats import spearmanr
 
-from searchr1_lite.analysis.figures import DPI
+from searchr1_lite.analysis.figures import DPI, save
 from searchr1_lite.analysis.runs import RunError, read_mapping
 from searchr1_lite.config import ROOT
 from searchr1_lite.evaluation.metrics import mean, seed_interval
+from searchr1_lite.files import write_json, write_whole
 from searchr1_lite.printable import printable
+from searchr1_lite.provenance import command
 
 Record = dict[str, Any]
 
@@ -302,10 +300,13 @@ def picture(record: Record) -> Figure:
     return figure
 
 
-def png(figure: Figure) -> bytes:
-    """The picture in 64 colours, which take half the bytes of all."""
-    drawn, small = BytesIO(), BytesIO()
-    figure.savefig(drawn, dpi=1.5 * DPI)
-    plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(64).save(small, "PNG", optimize=True)
-    return small.getvalue()
+def write_findings(results: Sequence[Path], out: Path) -> None:
+    """`searchr1 report findings`: a picture beside each result, OUT.json and OUT.md; the verdicts in the terminal."""
+    records = {path: load_result(path) for path in results}
+    record = {"command": command(), **findings(records)}
+    for path, result in records.items():
+        save(picture(result), path.with_suffix(".png"))
+    write_json(out.with_suffix(".json"), record)
+    write_whole(out.with_suffix(".md"), to_markdown(record, out.parent))
+    for claim in record["claims"]:
+        print(f"{claim['verdict']:14} {claim['experiment'] or '':10} {claim['claim']}")

@@ -5,13 +5,10 @@ An alarm at a step is made from the metrics up to this step alone, so the same f
 three steps: something has doubled or halved since. `judge` says how such alarms did on a finished run.
 Needs no torch. Leaves out: mending a run, and alarms on columns that no collapsed run has yet been seen with
 (repeated n-grams, likelihood of right answers, ratios), which are drawn only.
-
-python -m searchr1_lite.analysis.health data/results/runs runs/experiments --out data/results/health.json
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -20,12 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from searchr1_lite.analysis.figures import DPI
-from searchr1_lite.analysis.runs import Run, RunError, load_run, read_mapping
+from searchr1_lite.analysis.runs import Run
 
 WINDOW = 3  # steps: the run's beginning, and what a value of "now" is the mean of; a single step's questions vary a lot
 FACTOR = 2.0  # what has doubled or halved is an alarm
 GAIN = 0.1  # a change of exact match or reward that is more than chance; the fall that alarms should come before
-FIXED = "2026-11-21T16:06"  # (UTC) since then the thresholds are as they are: runs made later have had no say in them
 
 COLUMNS = ("exact_match", "reward", "kl", "entropy", "answer_rate", "response_length", "searches")
 CAUSES = {  # sign: (kind, likely cause and what to try), in the order in which they are looked at
@@ -174,74 +170,3 @@ def draw_panel(axes: Axes, run: Run, title: str, unit: str, columns: Mapping[str
     axes.grid(alpha=0.25)
     if len(drawn) > 1:
         axes.legend(fontsize="x-small", frameon=False)
-
-
-def judge(run: Run) -> dict[str, Any]:
-    """How the alarms did on a finished run. "exact match" is of training rollouts, the mean over 3 steps.
-
-    outcome: "nothing learned" where exact match never reached 0.1; "collapsed" where the held-out exact match after
-    training is below half of training's peak; else "healthy". fall: the first step at which exact match is 0.1 below
-    its peak, and after it. in_time: the first alarm came at an earlier step; None where nothing collapsed.
-    best_before_alarm: the best exact match up to the alarm, which early stopping keeps; without an alarm, the peak.
-    stopped: what early stopping left, where it ended the run: no outcome then, since nobody knows how it would have
-    gone on.
-    """
-    if run.evaluation is None:
-        raise RunError(f"{run.folder}: evaluation.json is missing; the run is not finished (start it again to resume)")
-    recent = run.metrics["exact_match"].astype(float).rolling(WINDOW).mean()
-    peak, after = recent.max(), run.evaluation["after"]["exact_match"]
-    fallen = recent.loc[recent.idxmax() :] <= peak - GAIN + 1e-9
-    fall = int(fallen.idxmax()) if fallen.any() else None
-    outcome = "nothing learned" if peak < GAIN else "collapsed" if after < peak / FACTOR else "healthy"
-    found = alarms(run.metrics)
-    first = found[0] if found else None
-    stopped = run.folder / "stopped.json"
-    if stopped.is_file():
-        outcome = "stopped early"
-    return {
-        "run": "/".join(run.folder.resolve().parts[-2:]),
-        "date": run.environment["date"],
-        "outcome": outcome,
-        "peak": round(peak, 3),
-        "after": after,
-        "fall": fall,
-        "first_alarm": asdict(first) if first else None,
-        "alarms": {alarm.kind: alarm.step for alarm in found},
-        "in_time": first is not None and (fall is None or first.step < fall) if outcome == "collapsed" else None,
-        "stopped": read_mapping(stopped) if stopped.is_file() else None,
-        "best_before_alarm": round(recent.loc[: first.step].max() if first else peak, 3),
-    }
-
-
-def tally(judged: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of runs, alarms and alarms in time, by outcome; apart, the runs made after the thresholds were fixed."""
-    counts: dict[str, Any] = {}
-    for when, runs in (
-        ("all", judged),
-        ("made later than the thresholds", [run for run in judged if run["date"] > FIXED]),
-    ):
-        for outcome in ("collapsed", "healthy", "nothing learned"):
-            some = [run for run in runs if run["outcome"] == outcome]
-            counts.setdefault(when, {})[outcome] = {
-                "runs": len(some),
-                "with_alarm": sum(run["first_alarm"] is not None for run in some),
-                "in_time": sum(bool(run["in_time"]) for run in some),
-            }
-    return counts
-
-
-def finished_runs(folders: Sequence[Path]) -> list[Run]:
-    """The finished runs of reinforcement learning below these folders, each once, by path.
-
-    A run that was copied (the committed runs were made elsewhere) counts where it is found first.
-    """
-    found: dict[tuple, Run] = {}
-    for folder in folders:
-        for metrics in sorted(folder.glob("**/metrics.jsonl")):
-            if (metrics.parent / "evaluation.json").is_file():
-                run = load_run(metrics.parent)
-                if run.profile.get("algorithm", "grpo") not in ("sft", "rejection_sampling"):
-                    found.setdefault((*run.metrics["exact_match"], *run.metrics["entropy"]), run)
-    if not found:
-        raise RunError(f"no finished run below {', '.join(map(str, folders))}")
-    return list(found.values())

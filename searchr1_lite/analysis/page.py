@@ -1,8 +1,5 @@
 """Trajectories as one HTML file: pick, filter, read closely, compare. It works offline, and runs nothing but itself.
 
-    python -m searchr1_lite.analysis.page data/results/runs/tiny-masked-seed0 --out page.html
-    python -m searchr1_lite.analysis.page runs/table/seed0/rag --against runs/table/seed0/search_r1_base --out page.html
-
 `page.html` beside this file is the page without its data. What models and passages say comes into it as gzipped JSON in
 base64, which holds no character of HTML, and is shown as text nodes only; the page's policy lets no other script, style
 or address in. The list and the filters read one small part of the data, a trajectory is unpacked when it is looked at.

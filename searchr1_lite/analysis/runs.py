@@ -121,7 +121,10 @@ def _hops(row: dict[str, Any]) -> int:
 def _read_text(path: Path) -> str:
     if not path.exists():
         raise RunError(f"{path}: is missing; a run folder has config.yaml, environment.json and metrics.jsonl")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path}: is not UTF-8 ({error})") from None
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

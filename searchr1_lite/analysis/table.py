@@ -1,8 +1,6 @@
 """The ways to answer side by side: one table of a comparison, with intervals, tests and the paper's numbers beside it.
 
-    python -m searchr1_lite.analysis.table runs/ten-ways --out data/results/ten_ways
-
-A comparison is FOLDER/seed<number>/<way>/, each an evaluation folder (evaluation/__main__.py says what is in it), with
+A comparison is FOLDER/seed<number>/<way>/, each an evaluation folder (evaluation/evaluate.py says what is in it), with
 FOLDER/seed<number>/<way>-training/ where the way was trained. Every answer is judged anew from its saved text; what
 the row or evaluation.json says otherwise is an error. Made are a .md, a .csv, a .tex, a .png, and a .json that holds
 every score of every question, from which `statistics` makes every cell again.
@@ -31,14 +29,15 @@ from searchr1_lite.config import ROOT
 from searchr1_lite.evaluation.metrics import bootstrap_interval, holm, mean, paired_p, smallest_difference
 from searchr1_lite.files import read_rows, write_json, write_whole
 from searchr1_lite.printable import printable
+from searchr1_lite.provenance import command
 from searchr1_lite.tasks.answers import exact_match, f1, substring_match
 
 Record = dict[str, Any]
 
 PAPER = ROOT / "data/results/paper.json"
 # In the order of the paper's main table; other ways follow by name.
-WAYS = ("direct", "cot", "ircot", "search_o1", "rag", "inter", "sft", "r1_base", "r1_instruct")
-WAYS += ("rejection_sampling", "search_r1_base", "search_r1_instruct")
+METHODS = ("direct", "cot", "ircot", "search_o1", "rag", "inter", "sft", "r1_base", "r1_instruct")
+METHODS += ("rejection_sampling", "search_r1_base", "search_r1_instruct")
 SCORES = {"exact_match": exact_match, "f1": f1, "substring_match": substring_match}
 COUNTS = ("finished", "searches", "response_length", "retrieved_tokens")
 ALIKE = ("retriever", "encoder", "reranker", "corpus", "topk", "quantization", "temperature")  # in every way
@@ -70,7 +69,7 @@ def find_evaluations(folders: Sequence[Path]) -> dict[str, dict[int, Path]]:
     for way, its in found.items():
         for seed in sorted(parents.keys() - its.keys()):
             raise RunError(f"{parents[seed]}: the way {way!r} is missing, which other seeds have; make it here too")
-    order = sorted(found, key=lambda way: (WAYS.index(way) if way in WAYS else len(WAYS), way))
+    order = sorted(found, key=lambda way: (METHODS.index(way) if way in METHODS else len(METHODS), way))
     return {way: dict(sorted(found[way].items())) for way in order}
 
 
@@ -463,3 +462,13 @@ def write_table(record: Record, out: Path) -> list[Path]:
         write_whole(paths[kind], make(record))
     save(picture(record), paths["png"])
     return list(paths.values())
+
+
+def report_table(folders: Sequence[Path], out: Path) -> None:
+    """`searchr1 report table`: write the files, and say the first decoding's rows and the notes."""
+    record = make_record(folders, command())
+    paths = write_table(record, out)
+    for decoding in record["decodings"]:
+        rows = _text_rows(record, decoding)[1:]
+        print(*(f"{decoding:8} {in_one_line(row[0]):22} {row[2]}" for row in rows), sep="\n")
+    print(*map(in_one_line, notes(record)), *paths, sep="\n")

@@ -37,6 +37,7 @@ class Experiment(BaseModel):
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
     minutes: Annotated[float, Field(gt=0)]  # expected, all runs from nothing, on two quiet cores
     arms: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    also_evaluate: dict[str, Any] = {}  # settings with which every trained model is asked once more, greedily
     claims: Any = None
 
     @property
@@ -82,7 +83,20 @@ def slug(profile: Profile, base: Profile) -> str:
 
 def experiment_names() -> list[str]:
     """Of the package's experiments; `untestable.yaml` has claims and no arms."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in (SMOKE, "untestable"))
+    other = (SMOKE, "untestable", "ten_ways")
+    return sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in other)
+
+
+def overview(experiments: Sequence[Experiment]) -> str:
+    """What there is, and how long it takes."""
+    lines = []
+    for experiment in experiments:
+        size = f"{len(experiment.arms)} arms x {len(experiment.seeds)} seeds = {len(experiment.runs())} runs"
+        lines.append(f"{experiment.name}: {experiment.title} ({size}, {experiment.minutes:g} minutes)")
+        lines.append(f"  {' | '.join(experiment.arms)}")
+    runs, minutes = {run for one in experiments for run in one.runs()}, sum(one.minutes for one in experiments)
+    lines.append("ten_ways: Ten ways to answer (12 methods x 3 seeds, 27 minutes)")
+    return "\n".join([*lines, f"{len(runs)} different runs; less than {minutes:g} minutes, as some are shared"])
 
 
 def load_experiment(name: str, seeds: Sequence[int] = ()) -> Experiment:
@@ -91,7 +105,7 @@ def load_experiment(name: str, seeds: Sequence[int] = ()) -> Experiment:
     Raises ExperimentError, or RunError for a file that holds no mapping.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
-    if not path.is_file() or path == FOLDER / "untestable.yaml":
+    if not path.is_file() or (path.parent == FOLDER and path.stem in ("untestable", "ten_ways")):
         known = ", ".join(experiment_names())
         raise ExperimentError(f"no experiment {name!r}; there are {known}, {SMOKE}, or give a .yaml file")
     own = {"seeds": list(seeds)} if seeds else {}

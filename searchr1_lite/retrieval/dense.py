@@ -86,7 +86,9 @@ def factory_of(kind: str, dimension: int, number: int) -> str:
         return f"{coarse},PQ{codes}np"  # np: without polysemous training, which takes 20 times as long as the rest
     kinds = {"flat": "Flat", "hnsw": "HNSW32,Flat", "ivf-sq8": f"{coarse},SQ8"}
     if kind not in kinds and not kind.startswith("faiss:"):
-        raise ValueError(f"there is no index of kind {kind!r}; there are {', '.join(KINDS)} and faiss:<factory string>")
+        raise CorpusError(
+            f"there is no index of kind {kind!r}; there are {', '.join(KINDS)} and faiss:<factory string>"
+        )
     return kinds.get(kind) or kind.removeprefix("faiss:")
 
 
@@ -228,9 +230,13 @@ class DenseRetriever:
             return hits
         names = [f"query {queries[i][:80]!r}" for i in asked]
         vectors = checked(self.encoder.encode_queries([queries[i] for i in asked]), names, self.encoder, self.index.d)
-        with blas_from(16, self.index.d):
-            scores, positions = self.index.search(vectors, min(k, len(self.passages)))
+        scores, positions = self.nearest(vectors, min(k, len(self.passages)))
         for i, row_scores, row in zip(asked, scores, positions, strict=True):
             order = [j for j in np.lexsort((row, -row_scores)) if row[j] >= 0]  # FAISS fills up with -1
             hits[i] = [Hit(self.passages[row[j]], float(row_scores[j])) for j in order]
         return hits
+
+    def nearest(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and positions, (queries, k), of the passages nearest to the vectors; -1 where there are none."""
+        with blas_from(16, self.index.d):
+            return self.index.search(vectors, k)

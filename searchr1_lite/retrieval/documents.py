@@ -1,10 +1,10 @@
-"""Your own documents as a corpus: text, Markdown, HTML and JSONL, cut into passages of about 100 words as wiki-18 has.
+"""Your own documents as a corpus: text, Markdown and HTML, cut into passages of about 100 words as wiki-18 has.
 
 `searchr1 index documents notes/ page.html --out corpus.jsonl` writes rows `{"id", "contents"}`,
 which `corpus.read_corpus` reads and the original's tools too. Ids are the file's path below the folder that all files
-share, and a number: "notes/rome.md#3". Titles are the page's, the first heading, the row's, or else the file's name.
+share, and a number: "notes/rome.md#3". Titles are the page's, the first heading, or else the file's name.
 No word is lost but what trafilatura takes for a page's menus, and its comments. Markdown keeps its marks. Left out:
-PDF and office formats, passages that overlap, and documents that do not fit in memory (but for JSONL, read by row).
+PDF and office formats, passages that overlap, and documents that do not fit in memory.
 """
 
 import codecs
@@ -19,12 +19,11 @@ from types import ModuleType
 from tqdm import tqdm
 
 from searchr1_lite.errors import UserError
-from searchr1_lite.files import read_rows, text_field
-from searchr1_lite.retrieval.corpus import join_contents, split_contents
+from searchr1_lite.retrieval.corpus import join_contents
 from searchr1_lite.types import Passage
 
-MARKDOWN, HTML, ROWS = (".md", ".markdown"), (".html", ".htm"), (".jsonl", ".jsonl.gz")
-SUPPORTED = (".txt", *MARKDOWN, *HTML, *ROWS)
+MARKDOWN, HTML = (".md", ".markdown"), (".html", ".htm")
+SUPPORTED = (".txt", *MARKDOWN, *HTML)
 WORDS = 100  # as DPR cut Wikipedia (arXiv 2004.04906, section 4.1)
 # "# ..." is no heading in the settings before a document or in code
 ASIDE = re.compile(r"\A---\s*$.*?^---\s*$|^ {0,3}(```|~~~).*?^ {0,3}\1", re.MULTILINE | re.DOTALL)
@@ -36,26 +35,21 @@ class DocumentError(UserError):
 
 
 def find_files(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """The files, and all files in the folders, in the order of their paths; DocumentError if one cannot be used."""
+    """The files, and all files in the folders, in the order of their paths; DocumentError for one of another type."""
 
     def stop(error: OSError) -> None:
-        raise DocumentError(f"the folder {error.filename} cannot be read ({error.strerror})")
+        raise error
 
-    found: set[Path] = set()
+    files: set[Path] = set()
     for path in (Path(os.path.abspath(path)) for path in paths):
-        walked = os.walk(path, onerror=stop, followlinks=True)
-        files = [Path(folder, name) for folder, _, names in walked for name in names] if path.is_dir() else [path]
-        if not files:
-            raise DocumentError(f"{path}: there are no files in this folder")
-        found.update(files)
-    for file in found:
-        if not file.is_file():
-            raise DocumentError(f"{file}: there is no such file")
+        folders = os.walk(path, onerror=stop, followlinks=True)
+        files.update(
+            [Path(folder, name) for folder, _, names in folders for name in names] if path.is_dir() else [path]
+        )
+    for file in files:
         if not file.name.lower().endswith(SUPPORTED):
             raise DocumentError(f"{file}: not a type that can be read; there are {', '.join(SUPPORTED)}")
-        if any("\ud800" <= character <= "\udfff" for character in str(file)):
-            raise DocumentError(f"{str(file)!a}: the name is not UTF-8; rename it")
-    return sorted(found)
+    return sorted(files)
 
 
 def cut(text: str, words: int = WORDS) -> list[str]:
@@ -76,20 +70,18 @@ def cut(text: str, words: int = WORDS) -> list[str]:
 
 def passages_of(file: Path, name: str, words: int = WORDS) -> Iterator[Passage]:
     """The passages of one file, with ids "name#1", "name#2", ...; raises DocumentError."""
-    number = 0
-    for where, title, text in _documents(file):
-        if not text.strip():
-            raise DocumentError(f"{where}: there is no text in it")
-        for passage in cut(text, words):
-            number += 1
-            yield Passage(f"{name}#{number}", " ".join(title.split()) or file.name, passage)
+    title, text = _document(file)
+    if not text.strip():
+        raise DocumentError(f"{file}: there is no text in it")
+    for number, passage in enumerate(cut(text, words), 1):
+        yield Passage(f"{name}#{number}", " ".join(title.split()) or Path(name).name, passage)
 
 
 def write_corpus(paths: Iterable[str | os.PathLike], out: Path, words: int = WORDS) -> int:
     """Write the passages of all documents to `out`, whole or not at all; returns how many. Raises DocumentError."""
     files = find_files(paths)
-    if words < 1 or out.suffix != ".jsonl" or Path(os.path.abspath(out)) in files:
-        raise DocumentError(f"{out}, {words} words: it must be a .jsonl, none of the documents, and at least 1 word")
+    if not files:
+        raise DocumentError(f"no documents in {', '.join(map(str, paths))}")
     base = Path(os.path.commonpath([file.parent for file in files]))
     beside = out.with_name(out.name + ".new")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +89,8 @@ def write_corpus(paths: Iterable[str | os.PathLike], out: Path, words: int = WOR
     try:
         with beside.open("w", encoding="utf-8", newline="\n") as to:
             for file in tqdm(files, unit="file", disable=None):  # None: only where a person looks on
-                for passage in passages_of(file, file.relative_to(base).as_posix(), words):
+                name = os.fsencode(file.relative_to(base).as_posix()).decode(errors="replace")
+                for passage in passages_of(file, name, words):
                     count += 1
                     row = {"id": passage.id, "contents": join_contents(passage)}
                     to.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -107,37 +100,21 @@ def write_corpus(paths: Iterable[str | os.PathLike], out: Path, words: int = WOR
     return count
 
 
-def _documents(file: Path) -> Iterator[tuple[str, str, str]]:
-    """Where it is (for errors), title (or "") and text of each document in the file."""
-    kind = file.name.lower()
-    if kind.endswith(ROWS):
-        for where, row in read_rows(file, DocumentError, "documents"):
-            yield where, *_row(row, where)
-    elif kind.endswith(HTML):
-        yield str(file), *_page(file)
-    else:
-        text = _decoded(file, file.read_bytes(), "utf-8-sig")
-        heading = HEADING.search(ASIDE.sub("", text)) if kind.endswith(MARKDOWN) else None
-        yield str(file), heading[1] or heading[2] if heading else "", text
-
-
-def _row(row: dict, where: str) -> tuple[str, str]:
-    if "contents" in row:
-        contents = text_field(row, "contents", where, DocumentError)
-        title, text, _ = split_contents(contents)
-        return (title, text) if text.strip() else ("", contents)
-    text = text_field(row, "text", where, DocumentError)
-    return text_field(row, "title", where, DocumentError) if "title" in row else "", text
+def _document(file: Path) -> tuple[str, str]:
+    """Title (or "") and text."""
+    if file.name.lower().endswith(HTML):
+        return _page(file)
+    text = _decoded(file, file.read_bytes(), "utf-8-sig")
+    heading = HEADING.search(ASIDE.sub("", text)) if file.name.lower().endswith(MARKDOWN) else None
+    return heading[1] or heading[2] if heading else "", text
 
 
 def _page(file: Path) -> tuple[str, str]:
     data = file.read_bytes()
     declared = re.search(rb"<meta[^>]+charset=[\"']?([\w-]+)", data[:4096], re.IGNORECASE)
     page = _decoded(file, data, declared[1].decode() if declared else "utf-8-sig")
-    found = _optional("trafilatura").extract_with_metadata(page, include_comments=False)
-    if not found or not (found.text or "").strip():
-        raise DocumentError(f"{file}: trafilatura finds no text in this page; save what you want of it as .txt or .md")
-    return found.title or "", found.text
+    article = _optional("trafilatura").extract_with_metadata(page, include_comments=False)
+    return (article.title or "", article.text or "") if article else ("", "")
 
 
 def _decoded(file: Path, data: bytes, charset: str) -> str:

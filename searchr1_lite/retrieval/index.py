@@ -22,10 +22,10 @@ from typing import Any
 import pyarrow as pa
 from filelock import FileLock, Timeout
 
-from searchr1_lite.config import ROOT, ConfigError, Profile, resolve_path, retriever_parts
+from searchr1_lite.config import PLUGIN, ROOT, ConfigError, Profile, resolve_path, retriever_parts
 from searchr1_lite.errors import UserError
 from searchr1_lite.files import write_json
-from searchr1_lite.plugins import is_plugin, load_search
+from searchr1_lite.plugins import make_retriever
 from searchr1_lite.retrieval import bm25
 from searchr1_lite.retrieval.controls import Empty, Oracle, Random
 from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, load_corpus, read_corpus
@@ -35,7 +35,6 @@ FORMAT = 3
 INDEX, MANIFEST, PASSAGES = "index.faiss", "manifest.json", "passages.arrow"
 SHARD = 50_000  # passages encoded and saved at once
 AGAIN = "delete the folder and build the index again, or name another folder"
-TOKEN = "SEARCHR1_TOKEN"  # the environment variable with the token of a service; its value is never shown
 SCHEMA = pa.schema([(name, pa.large_utf8()) for name in ("id", "title", "text")] + [("quoted", pa.bool_())])
 
 
@@ -295,13 +294,11 @@ def _named(profile: Profile, passages: Sequence[Passage] | None, cache_dir: str 
         return Empty()
     if name.startswith("http"):
         with _optional("service"):
-            from searchr1_lite.retrieval.remote import RemoteRetriever
+            from searchr1_lite.retrieval.remote import TOKEN, RemoteRetriever
 
             return RemoteRetriever(name, token=os.environ.get(TOKEN))
-    if is_plugin(name):
-        return load_search(name)
     parts = retriever_parts(name)
-    if passages is None and not all(part.startswith("index:") for part in parts):
+    if passages is None and not all(part.startswith("index:") or PLUGIN.fullmatch(part) for part in parts):
         passages = load_corpus(profile.corpus)
     if name.startswith("milvus:"):
         with _optional("milvus"):
@@ -322,6 +319,8 @@ def _named(profile: Profile, passages: Sequence[Passage] | None, cache_dir: str 
 
 def _index(profile: Profile, kind: str, passages: Sequence[Passage] | None, cache_dir: str | Path | None) -> Retriever:
     """Opened from its folder, after having been built there if need be; one process builds, others wait for it."""
+    if PLUGIN.fullmatch(kind):
+        return make_retriever(kind, profile)
     began, verb = time.perf_counter(), "opened"
     if kind.startswith("index:"):
         folder = resolve_path(kind.removeprefix("index:"))
@@ -332,7 +331,9 @@ def _index(profile: Profile, kind: str, passages: Sequence[Passage] | None, cach
             from searchr1_lite.retrieval.encoders import load_encoder
 
             encoder = load_encoder(profile.encoder, _device(profile))
-        folder = Path(cache_dir) if cache_dir else default_folder(kind, profile.encoder, passages)
+        folder = (
+            Path(cache_dir) if cache_dir else default_folder(profile.model_copy(update={"retriever": kind}), passages)
+        )
         folder.parent.mkdir(parents=True, exist_ok=True)
         expected = {"kind": kind, "corpus_checksum": corpus_checksum(passages)}
         with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -347,9 +348,10 @@ def _index(profile: Profile, kind: str, passages: Sequence[Passage] | None, cach
     return retriever
 
 
-def default_folder(kind: str, encoder: str, passages: Sequence[Passage]) -> Path:
+def default_folder(profile: Profile, passages: Sequence[Passage]) -> Path:
     """Where the index that a profile names by its kind is kept."""
-    names = [kind, *([encoder] if kind != "bm25" else []), corpus_checksum(passages)[:12], f"format{FORMAT}"]
+    kind = profile.retriever
+    names = [kind, *([profile.encoder] if kind != "bm25" else []), corpus_checksum(passages)[:12], f"format{FORMAT}"]
     return ROOT / "data/cache/indexes" / "-".join(map(_as_name, names))
 
 

@@ -1,64 +1,74 @@
-"""Search on the web, as an example of a search engine of your own: `retriever=searchr1_lite.retrieval.online:SerpAPI`.
+"""Search on the web through SerpAPI: `retriever=searchr1_lite.retrieval.online:SerpAPI`, and a pattern for your own.
 
-A class with `search(queries, k)` is all that a run needs. This one asks SerpAPI (https://serpapi.com), whose key is in
-the environment variable SERPAPI_API_KEY, as the original's search_r1/search/serp_search_server.py does. Answer boxes
-and related questions, which that adds, fetching the pages themselves, and further pages of results are left out.
+Any class with a method `search(queries, k)` can take its place (plugins.py). The key is in the environment variable
+SERPAPI_API_KEY, and in no error or log. Left out: answer boxes and related questions (which the original's
+serp_search_server.py adds), fetching the pages themselves, and further pages of results.
 """
 
-import logging
+import html
+import json
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import urlopen
 
-import httpx
-from tenacity import retry, retry_if_result, stop_after_attempt, wait_random_exponential
+import tenacity
 
-from searchr1_lite.errors import UserError
 from searchr1_lite.types import Hit, Passage, RetrievalError
 
 KEY = "SERPAPI_API_KEY"
-AT_ONCE = 4  # requests
-logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs addresses, and the key is in them
+URL = "https://serpapi.com/search"
+AT_ONCE, TIMEOUT, DEADLINE = 8, 15.0, 60.0  # requests, seconds of one, seconds of one with its repetitions
 
 
 class SerpAPI:
-    """Google's results by SerpAPI; scores are 1 / rank. An error never shows the key."""
+    """Google's results: ids are links, titles and texts without HTML, scores 1 / rank."""
 
-    def __init__(self, url: str = "https://serpapi.com/search.json") -> None:
-        if not (key := os.environ.get(KEY, "").strip()):
-            raise UserError(f"SerpAPI needs a key: set the environment variable {KEY} to it")
-        self.url, self._key = url, key
-        self.client = httpx.Client(timeout=15.0)
+    def __init__(self) -> None:
+        self._key = os.environ.get(KEY, "").strip()
+        if not self._key:
+            raise RetrievalError(f"set the environment variable {KEY} to a key of serpapi.com")
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
-        """Up to `k` results a query; blank queries are not sent. RetrievalError where there is no usable answer."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda query: self._search_one(query, k) if query.strip() else [], queries))
+        """Up to `k` results a query; blank queries are not sent, equal ones once. Raises RetrievalError."""
+        distinct = list(dict.fromkeys(query for query in queries if query.strip()))
+        with ThreadPoolExecutor(AT_ONCE) as pool:  # after an error, `map` cancels what has not begun
+            hits = dict(zip(distinct, pool.map(self._search_one, distinct), strict=True))
+        return [hits.get(query, [])[:k] for query in queries]
 
-    def _search_one(self, query: str, k: int) -> list[Hit]:
-        status, answer = self._fetch(query, k)
-        results = answer.get("organic_results") if isinstance(answer, dict) else None
-        if status == 200 and results is None and "hasn't returned any results" in str(answer):
-            return []
-        if status != 200 or not isinstance(results, list):
-            hint = f"; is {KEY} right, and in its quota?" if status in (401, 403, 429) else ""
-            raise RetrievalError(f"SerpAPI gave no usable answer for {query!r} (status {status}){hint}")
-        fields = ("link", "title", "snippet")
-        passages = [Passage(*(str(result.get(name) or "") for name in fields)) for result in results[:k]]
-        return [Hit(passage, 1 / rank) for rank, passage in enumerate(passages, 1)]
-
-    @retry(
-        retry=retry_if_result(lambda outcome: outcome[0] in (0, 429) or outcome[0] >= 500),
-        wait=wait_random_exponential(max=10),
-        stop=stop_after_attempt(5),
-        retry_error_callback=lambda state: state.outcome.result(),
-    )
-    def _fetch(self, query: str, k: int) -> tuple[int, object]:
-        """Status and answer; 0 where none came."""
-        parameters = {"engine": "google", "q": query, "num": k, "api_key": self._key}
+    def _search_one(self, query: str) -> list[Hit]:
+        attempts = tenacity.Retrying(
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=15),
+            stop=tenacity.stop_before_delay(DEADLINE),
+            retry=tenacity.retry_if_exception(_may_pass),
+            reraise=True,
+        )
         try:
-            response = self.client.get(self.url, params=parameters)
-            return response.status_code, response.json()
-        except (httpx.TransportError, UnicodeError):
-            return 0, None
-        except ValueError:
-            return response.status_code, None
+            answer = attempts(self._fetch, query)
+            results = answer.get("organic_results", [] if "any results" in answer.get("error", "") else None)
+            passages = [Passage(r["link"], *(_plain(r.get(name)) for name in ("title", "snippet"))) for r in results]
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            why = f"HTTP {error.code}" if isinstance(error, HTTPError) else type(error).__name__
+            raise RetrievalError(f"{URL} gave no usable answer ({why}); is the key in {KEY} right?") from None
+        by_link = {}
+        for passage in passages:
+            by_link.setdefault(passage.id, passage)
+        return [Hit(passage, 1 / rank) for rank, passage in enumerate(by_link.values(), 1)]
+
+    def _fetch(self, query: str) -> dict:
+        parameters = urlencode({"engine": "google", "q": query, "api_key": self._key})
+        with urlopen(f"{URL}?{parameters}", timeout=TIMEOUT) as response:
+            return json.load(response)
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, HTTPError):
+        return error.code == 429 or error.code >= 500
+    return isinstance(error, OSError)  # no connection, or no answer in time
+
+
+def _plain(text: str | None) -> str:
+    """Words without tags, entities resolved, in one line; nothing for null."""
+    return " ".join(html.unescape(re.sub(r"</?[a-zA-Z][^>]*>", "", text or "")).split())

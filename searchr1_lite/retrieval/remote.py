@@ -6,31 +6,31 @@ What is left out: keeping answers (batching.py), and servers of other APIs (onli
 import hashlib
 import ipaddress
 import json
-import math
-import time
-from typing import Any
 
 import httpx
-from tenacity import RetryCallState, Retrying, retry_if_exception_type, stop_before_delay, wait_random_exponential
+import tenacity
+from pydantic import BaseModel, FiniteFloat, ValidationError
 
-from searchr1_lite.errors import UserError
 from searchr1_lite.retrieval.corpus import split_contents
 from searchr1_lite.types import Hit, Passage, QueryRefusedError, RetrievalError
 
+TOKEN = "SEARCHR1_TOKEN"  # the environment variable with a service's token; its value is never shown
 BATCH = 256  # queries in a request: within our server's bounds for every k that it takes
 SHOWN = 500  # characters of an answer, in an error
 
 
-class RetrieverDownError(RetrievalError):
-    """A server that cannot be reached, does not let us in or answers nonsense; the message has URL, cause, attempts."""
+class Document(BaseModel, coerce_numbers_to_str=True):
+    id: str = ""
+    contents: str
 
 
-class _AgainError(Exception):
-    """Worth another attempt, after as many seconds as the server asked for."""
+class Result(BaseModel):
+    document: Document
+    score: FiniteFloat = 0.0
 
-    def __init__(self, cause: str, after: float = 0.0) -> None:
-        super().__init__(cause)
-        self.after = after
+
+class Answer(BaseModel):
+    result: list[list[Result]]
 
 
 class RemoteRetriever:
@@ -44,101 +44,79 @@ class RemoteRetriever:
     def __init__(self, url: str, token: str | None = None, timeout: float = 30.0, deadline: float = 300.0) -> None:
         try:
             self.url = httpx.URL(url)
+            if self.url.scheme not in ("http", "https") or not self.url.host or (self.url.port or 0) > 65535:
+                raise httpx.InvalidURL("it begins with http:// or https://, a host and perhaps a port up to 65535")
         except httpx.InvalidURL as error:
-            raise UserError(f"{url!r} is no address: {error}") from None
-        if self.url.scheme not in ("http", "https") or not self.url.host:
-            raise UserError(f"{url!r} is no address of a server; it begins with http:// or https:// and a host")
-        path = self.url.path.rstrip("/")
-        self.url = self.url.copy_with(path=path if path.endswith("/retrieve") else f"{path}/retrieve")
-        self.timeout, self.deadline = timeout, deadline
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {token}"} if token else {})
-        self.client = httpx.Client(headers=headers, trust_env=not is_loopback(self.url.host))  # else no proxies
+            raise RetrievalError(f"{url!r} is no address of a server: {error}") from None
+        self.url = self.url.copy_with(path=self.url.path.rstrip("/").removesuffix("/retrieve") + "/retrieve")
+        self.deadline = deadline
+        headers = {"Content-Type": b"application/json"} | (
+            {"Authorization": f"Bearer {token}".encode()} if token else {}
+        )
+        proxies = not is_loopback(self.url.host)  # those of the environment are not for this machine
+        self.client = httpx.Client(headers=headers, timeout=timeout, trust_env=proxies)
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """As the server finds them; blank queries are not sent and find nothing.
 
-        Raises RetrieverDownError where the server gave no usable answer until the deadline, QueryRefusedError where
-        it refused what was asked.
+        Raises RetrievalError where the server gave no usable answer until the deadline, QueryRefusedError where it
+        refused what was asked.
         """
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
-        asked = [i for i, query in enumerate(queries) if query.strip()]
-        found: list[list[Hit]] = [[] for _ in queries]
-        for start in range(0, len(asked), BATCH):
-            part = asked[start : start + BATCH]
-            for i, hits in zip(part, self._ask([queries[i] for i in part], k), strict=True):
-                found[i] = hits
-        return found
+        sent = [query for query in queries if query.strip()]
+        batches = (sent[start : start + BATCH] for start in range(0, len(sent), BATCH))
+        results = [hits for batch in batches for hits in self._search_batch(batch, k)][::-1]
+        return [results.pop() if query.strip() else [] for query in queries]
 
-    def _ask(self, queries: list[str], k: int) -> list[list[Hit]]:
-        body = json.dumps({"queries": queries, "topk": k, "return_scores": True}).encode()
-        end = time.monotonic() + self.deadline
-        attempts = Retrying(
-            stop=stop_before_delay(self.deadline),
+    def _search_batch(self, queries: list[str], k: int) -> list[list[Hit]]:
+        content = self._send(json.dumps({"queries": queries, "topk": k, "return_scores": True}).encode())
+        try:
+            rows = Answer.model_validate_json(content).result
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            why = f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}"
+            raise self._failed(f"not an answer to what was asked ({why}): {content[:SHOWN]!r}") from None
+        if len(rows) != len(queries) or max(map(len, rows)) > k:
+            raise self._failed(f"the answer is not {len(queries)} lists, one a query, of at most {k} passages")
+        return [[_hit(result) for result in row] for row in rows]
+
+    def _send(self, body: bytes) -> bytes:
+        busy = tenacity.retry_if_result(lambda answer: answer.status_code == 429 or answer.status_code >= 500)
+        attempts = tenacity.Retrying(
+            stop=tenacity.stop_before_delay(self.deadline),
             wait=_wait,
-            retry=retry_if_exception_type(_AgainError),
-            reraise=True,
+            retry=tenacity.retry_if_exception_type(httpx.TransportError) | busy,
+            retry_error_callback=lambda state: state.outcome.result(),
         )
         try:
-            answer = attempts(self._post, body, end)
-        except _AgainError as error:
-            tried = attempts.statistics["attempt_number"]
-            raise self._down(f"given up after {tried} attempts in {self.deadline:g} s; the last: {error}") from error
-        try:
-            return _hits(json.loads(answer), len(queries), k)
-        except (ValueError, RecursionError, OverflowError) as error:
-            raise self._down(f"the answer is not what was asked for: {error}") from error
-
-    def _post(self, body: bytes, end: float) -> bytes:
-        timeout = min(self.timeout, max(1.0, end - time.monotonic()))
-        try:
-            answer = self.client.post(self.url, content=body, timeout=timeout)
+            answer = attempts(self.client.post, self.url, content=body)
         except httpx.TransportError as error:
-            raise _AgainError(f"{type(error).__name__} {error}") from error
-        status, said = answer.status_code, answer.text[:SHOWN] if answer.status_code != 200 else ""
-        if status == 429 or status >= 500:
-            raise _AgainError(f"HTTP {status}: {said}", _seconds(answer.headers.get("Retry-After")))
-        if status in (400, 413, 422):
-            raise QueryRefusedError(f"{self.url} refuses: {said}")
-        if status != 200:
-            raise self._down(f"HTTP {status}: {said}. Are address and token right?")
+            tried = attempts.statistics["attempt_number"]
+            raise self._failed(f"{type(error).__name__} {error}, after {tried} attempts") from error
+        if answer.status_code in (400, 413, 422):
+            raise QueryRefusedError(f"{self.url} refuses: {answer.text[:SHOWN]}")
+        if answer.status_code != 200:
+            what = f"HTTP {answer.status_code}, after {attempts.statistics['attempt_number']} attempts"
+            raise self._failed(f"{what}: {answer.text[:SHOWN]}. Are address and token right?")
         return answer.content
 
-    def _down(self, why: str) -> RetrieverDownError:
-        return RetrieverDownError(f"the search server at {self.url}: {why}")
+    def _failed(self, why: str) -> RetrievalError:
+        return RetrievalError(f"the search server at {self.url}: {why}")
 
 
-def _hits(answer: Any, queries: int, k: int) -> list[list[Hit]]:
-    """Raises ValueError that says what is not as it should be."""
-    result = answer.get("result") if isinstance(answer, dict) else None
-    if not isinstance(result, list) or len(result) != queries:
-        raise ValueError(f"`result` must be {queries} lists, one a query; it is {str(answer)[:SHOWN]}")
-    for n, found in enumerate(result):
-        if not isinstance(found, list) or len(found) > k:
-            raise ValueError(f"result[{n}] must be at most {k} passages; it is {str(found)[:SHOWN]}")
-    return [[_hit(one) for one in found] for found in result]
+def _hit(result: Result) -> Hit:
+    contents = result.document.contents
+    key = result.document.id or hashlib.sha256(contents.encode()).hexdigest()[:16]
+    return Hit(Passage(key, *split_contents(contents)), result.score)
 
 
-def _hit(one: Any) -> Hit:
-    document, score = (one.get("document"), one.get("score", 0.0)) if isinstance(one, dict) else (None, None)
-    contents = document.get("contents") if isinstance(document, dict) else None
-    if not isinstance(contents, str) or not isinstance(score, int | float) or not math.isfinite(score):
-        raise ValueError(f"a hit must be a document with contents and a score; it is {str(one)[:SHOWN]}")
-    key = document.get("id", hashlib.sha256(contents.encode()).hexdigest()[:16])  # raises at half a surrogate pair
-    title, text, quoted = split_contents(contents)
-    return Hit(Passage(str(key), title, text, quoted), float(score))
+_backoff = tenacity.wait_random_exponential(multiplier=0.5, max=15)
 
 
-_backoff = wait_random_exponential(multiplier=0.5, max=15)
-
-
-def _wait(state: RetryCallState) -> float:
-    return state.outcome.exception().after + _backoff(state)
-
-
-def _seconds(retry_after: str | None) -> float:
-    """The header's seconds; its other form, a date, is not read."""
-    return float(retry_after) if retry_after and retry_after.isdecimal() else 0.0
+def _wait(state: tenacity.RetryCallState) -> float:
+    after = "" if state.outcome.failed else state.outcome.result().headers.get("Retry-After", "")
+    return _backoff(state) + (float(after) if after.isdecimal() else 0.0)  # a date, its other form, is not read
 
 
 def is_loopback(host: str) -> bool:

@@ -1,11 +1,11 @@
-"""The search service: an index behind the HTTP API of Search-R1, so that it, verl and SkyRL can ask it unchanged.
+"""The search service: indexes behind the HTTP API of Search-R1, so that it, verl and SkyRL can ask them unchanged.
 
-`searchr1 serve FOLDER` starts it. `POST /retrieve {"queries": [...], "topk": 3, "return_scores": true}` is answered as
-by the original's search_r1/search/retrieval_server.py, and without scores too, where that crashes. What differs: a
-blank query finds nothing (the original encodes it and finds something); bad input is refused with a 4xx whose `detail`
-says why; queries of all clients are searched together (batching.py). `GET /health` says what is served, `GET /metrics`
-has counters for Prometheus. Left out: TLS, more than one process, and limits for each client, which a reverse proxy
-gives. Optional: `pip install "searchr1_lite[service]"`.
+`POST /retrieve {"queries": [...], "topk": 3, "return_scores": true}` is answered as by the original's
+search_r1/search/retrieval_server.py, and without scores too, where that crashes. What differs: a blank query finds
+nothing (the original encodes it and finds something); bad input is refused with a 4xx whose `detail` says why; queries
+of all clients are searched together (batching.py). `GET /health` says what is served, `GET /metrics` how it goes
+(Prometheus). Left out: TLS, more than one process, and limits for each client, which a reverse proxy gives. Optional:
+`pip install "searchr1_lite[service]"`.
 """
 
 import asyncio
@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -31,8 +32,7 @@ from pydantic import BaseModel, Field
 from searchr1_lite.errors import UserError
 from searchr1_lite.retrieval.batching import Batcher
 from searchr1_lite.retrieval.corpus import join_contents
-from searchr1_lite.retrieval.index import MANIFEST, TOKEN, open_index
-from searchr1_lite.retrieval.remote import is_loopback
+from searchr1_lite.retrieval.remote import TOKEN, is_loopback
 from searchr1_lite.types import Hit, QueryRefusedError, RetrievalError, Retriever
 
 MAX_QUERIES = 4096  # in a request; Search-R1 sends the 512 x 5 of a training step in one
@@ -42,11 +42,12 @@ MAX_HITS = 1 << 16  # queries x topk: about 50 MB of answer
 MAX_BODY = 16 << 20  # bytes
 MAX_WAITING = 4 * MAX_QUERIES  # queries begun or queued; beyond, clients are told to come again
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 log = logging.getLogger("uvicorn.error")
 
 
-class Body(BaseModel):
+class SearchRequest(BaseModel):
     """The body of a request. As in the original, other fields are ignored and numbers may be written as strings."""
 
     queries: list[Annotated[str, Field(max_length=MAX_CHARACTERS)]] = Field(max_length=MAX_QUERIES)
@@ -55,39 +56,15 @@ class Body(BaseModel):
 
 
 class Metrics:
-    """What `/metrics` shows. As a middleware, it counts and times requests to `/retrieve` and bounds their bodies."""
+    """What `/metrics` shows."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self.requests = Counter("searchr1_requests", "Requests to /retrieve", ["status"], registry=registry)
         self.queries = Counter("searchr1_queries", "Queries taken", registry=registry)
         self.waiting = Gauge("searchr1_waiting_queries", "Queries begun or queued", registry=registry)
-        self.batches = Histogram(
-            "searchr1_batch_queries", "Queries in a search", registry=registry, buckets=BATCH_SIZES
-        )
-        self.seconds = Histogram("searchr1_request_seconds", "Until the answer", registry=registry)
-
-    def __call__(self, app: Any) -> Any:
-        async def counted(scope: dict, receive: Any, send: Any) -> None:
-            start, size = time.perf_counter(), 0
-
-            async def bounded() -> dict:
-                nonlocal size
-                message = await receive()
-                size += len(message.get("body", b""))
-                if size > MAX_BODY:
-                    raise HTTPException(413, f"the body has more than {MAX_BODY:,} bytes; send fewer queries at once")
-                return message
-
-            async def watched(message: dict) -> None:
-                if message["type"] == "http.response.start":
-                    self.requests.labels(message["status"]).inc()
-                    self.seconds.observe(time.perf_counter() - start)
-                await send(message)
-
-            await (app(scope, bounded, watched) if scope.get("path") == "/retrieve" else app(scope, receive, send))
-
-        return counted
+        self.batches = Histogram("searchr1_batch_queries", "In a search", registry=registry, buckets=BATCH_SIZES)
+        self.seconds = Histogram("searchr1_request_seconds", "Until the answer", registry=registry, buckets=SECONDS)
 
 
 class Distinct:
@@ -123,34 +100,32 @@ def make_app(
         yield
         batcher.close()  # called when every request is answered
 
-    number = version("searchr1_lite")
-    app = FastAPI(title="searchr1_lite", version=number, lifespan=lifespan)
+    app = FastAPI(title="searchr1_lite", version=version("searchr1_lite"), lifespan=lifespan, max_body_size=MAX_BODY)
 
-    def authorized(inner: Any) -> Any:
-        async def gate(scope: dict, receive: Any, send: Any) -> None:
-            sent = dict(scope.get("headers", ())).get(b"authorization", b"")
-            if scope["type"] == "http" and token and not hmac.compare_digest(sent, f"Bearer {token}".encode()):
-                reason = {"detail": f"send the server's {TOKEN} as a bearer token"}
-                inner_or_refusal = JSONResponse(reason, 401, {"WWW-Authenticate": "Bearer"})
-            else:
-                inner_or_refusal = inner
-            await inner_or_refusal(scope, receive, send)
-
-        return gate
-
-    app.add_middleware(authorized)
-    app.add_middleware(metrics)
+    @app.middleware("http")
+    async def watch(request: Request, answer: Callable) -> Response:
+        start, sent = time.perf_counter(), request.headers.get("authorization", "").encode("latin-1")
+        if token and not hmac.compare_digest(sent, f"Bearer {token}".encode()):
+            detail = {"detail": f"send the server's {TOKEN} as a bearer token"}
+            response = JSONResponse(detail, 401, {"WWW-Authenticate": "Bearer"})
+        else:
+            response = await answer(request)
+        if request.url.path == "/retrieve":
+            metrics.requests.labels(response.status_code).inc()
+            metrics.seconds.observe(time.perf_counter() - start)
+        return response
 
     @app.exception_handler(RequestValidationError)
     async def refuse(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]  # without what was sent, which may be long, and no text
+        """What is wrong, without what was sent, which FastAPI would send back."""
+        first = error.errors()[0]
         where = ".".join(map(str, first["loc"][1:])) or "body"
         return JSONResponse({"detail": f"{where}: {first['msg']}"}, 422)
 
     @app.post("/retrieve")
-    async def retrieve(body: Body) -> Response:
+    async def retrieve(request: SearchRequest) -> Response:
         nonlocal waiting
-        queries, k = body.queries, body.topk or topk
+        queries, k = request.queries, request.topk or topk
         if len(queries) * k > MAX_HITS:
             raise HTTPException(422, f"{len(queries):,} queries x topk {k}: at most {MAX_HITS:,} passages in a request")
         if waiting and waiting + len(queries) > max_waiting:
@@ -168,7 +143,7 @@ def make_app(
         finally:
             waiting -= len(queries)
             metrics.waiting.set(waiting)
-        return Response(write_answer(hits, body.return_scores), media_type="application/json")
+        return Response(write_answer(hits, request.return_scores), media_type="application/json")
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -181,48 +156,31 @@ def make_app(
     return app
 
 
-def write_answer(lists: list[list[Hit]], with_scores: bool) -> bytes:
+def write_answer(results: list[list[Hit]], with_scores: bool) -> bytes:
     """The original's JSON, byte for byte as FastAPI writes it there, without its detour over response models."""
 
-    def document(hit: Hit) -> dict[str, str]:
-        return {"id": hit.passage.id, "contents": join_contents(hit.passage)}
+    def one(hit: Hit) -> dict[str, Any]:
+        document = {"id": hit.passage.id, "contents": join_contents(hit.passage)}
+        return {"document": document, "score": hit.score} if with_scores else document
 
-    if with_scores:
-        result: list = [[{"document": document(hit), "score": hit.score} for hit in hits] for hits in lists]
-    else:
-        result = [[document(hit) for hit in hits] for hits in lists]
-    return json.dumps({"result": result}, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    answer = {"result": [[one(hit) for hit in hits] for hits in results]}
+    return json.dumps(answer, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
-def load(folders: list[Path], rerank: str | None) -> tuple[Retriever, dict[str, Any]]:
-    """The retriever over one index folder, or over several fused, and what `/health` says of them."""
-    retriever, *others = [open_index(folder) for folder in folders]
-    if others:
-        from searchr1_lite.retrieval.rerank import Hybrid
+def load_indexes(folders: list[Path], rerank: str | None) -> tuple[Retriever, list[dict[str, Any]]]:
+    """The retriever over one index folder, or over several fused, and what `/health` says of each."""
+    from searchr1_lite.retrieval.index import open_index
+    from searchr1_lite.retrieval.rerank import Hybrid, Reranked, load_reranker
 
-        retriever = Hybrid([retriever, *others])
-    if rerank:
-        from searchr1_lite.retrieval.rerank import Reranked, load_reranker
-
-        retriever = Reranked(retriever, load_reranker(rerank))
+    retrievers = [open_index(folder) for folder in folders]
+    manifests = [json.loads((folder / "manifest.json").read_text(encoding="utf-8")) for folder in folders]
     shown = ("kind", "passages", "corpus_checksum", "encoder", "versions")
-    indexes = []
-    for folder in folders:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        indexes.append({"folder": folder.name} | {key: manifest[key] for key in shown if key in manifest})
-    return retriever, {"indexes": indexes, "reranker": rerank, "version": version("searchr1_lite")}
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """The address, taken but not yet listening; raises OSError with a message for people."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; name another --port or --host") from None
-    return listener
+    about = [
+        {"folder": folder.name} | {key: manifest[key] for key in shown if key in manifest}
+        for folder, manifest in zip(folders, manifests, strict=True)
+    ]
+    retriever = retrievers[0] if len(retrievers) == 1 else Hybrid(retrievers)
+    return Reranked(retriever, load_reranker(rerank)) if rerank else retriever, about
 
 
 def serve(app: FastAPI, listener: socket.socket, what: str) -> None:
@@ -230,20 +188,26 @@ def serve(app: FastAPI, listener: socket.socket, what: str) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # uvicorn takes them over, and at its end raises them once more
     host, port = listener.getsockname()[:2]
-    listener.listen(2048)  # from here on clients can connect, and wait the moment until uvicorn answers
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}/retrieve serves {what}", flush=True)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=60)
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def serve_folders(folders: list[Path], rerank: str | None, host: str, port: int, topk: int) -> None:
-    """Serve index folders, fused if there are several; raises UserError and OSError."""
-    if topk > MAX_K:
-        raise UserError(f"--topk must be from 1 to {MAX_K}")
+def serve_folders(
+    folders: list[Path], rerank: str | None = None, host: str = "127.0.0.1", port: int = 8000, topk: int = 3
+) -> None:
+    """Serve index folders, fused if there are several, until a signal; the token is the environment's SEARCHR1_TOKEN.
+
+    Prints one line when it takes requests. Raises UserError for an address that others reach without a token.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # or threads of torch and FAISS, loaded later, wait busily
     token = os.environ.get(TOKEN)
     if not is_loopback(host) and not token:
         raise UserError(f"{host} can be reached by others; set {TOKEN} to a secret that clients must send")
-    with bind(host, port) as listener:
-        retriever, about = load(folders, rerank)
-        what = "; ".join(f"{i['folder']} ({i['kind']}, {i['passages']:,} passages)" for i in about["indexes"])
-        serve(make_app(retriever, topk, about, token), listener, what)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.create_server((host, port), family=family, backlog=2048) as listener:  # who comes early waits
+        retriever, about = load_indexes(folders, rerank)
+        app = make_app(
+            retriever, topk, {"indexes": about, "reranker": rerank, "version": version("searchr1_lite")}, token
+        )
+        serve(app, listener, "; ".join(f"{i['folder']} ({i['kind']}, {i['passages']:,} passages)" for i in about))

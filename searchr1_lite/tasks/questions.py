@@ -46,10 +46,12 @@ class QuestionError(UserError):
 
 
 def supporting_ids(question: Question) -> list[str]:
-    """Ids of the passages that the question needs, from `supporting_ids` or `gold_ids`; raises ValueError if none."""
+    """Ids of the passages that the question needs, from `supporting_ids` or `gold_ids`; QuestionError if none."""
     ids = question.metadata.get("supporting_ids") or question.metadata.get("gold_ids")
     if not ids:
-        raise ValueError(f"question {question.id!r} names no supporting passages (metadata supporting_ids or gold_ids)")
+        raise QuestionError(
+            f"question {question.id!r} names no supporting passages (metadata supporting_ids or gold_ids)"
+        )
     return [str(key) for key in ids]
 
 
@@ -269,9 +271,9 @@ def held_out(profile: Profile) -> list[Question]:
 def question_order(questions: Sequence[Question], profile: Profile) -> list[Question]:
     """The questions of all steps, one after another: a new shuffle for each pass over them, made from the seed."""
     if len({question.id for question in questions}) < len(questions):
-        raise ValueError("two training questions share an id; ids must be unique")
+        raise QuestionError("two training questions share an id; ids must be unique")
     if len(questions) < profile.questions_per_step:
-        raise ValueError(f"questions_per_step = {profile.questions_per_step}, but there are only {len(questions)}")
+        raise QuestionError(f"questions_per_step = {profile.questions_per_step}, but there are only {len(questions)}")
     shuffle, order = random.Random(profile.seed), []
     needed = profile.steps * profile.questions_per_step
     while len(order) < needed:

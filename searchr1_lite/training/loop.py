@@ -21,9 +21,10 @@ from accelerate import PartialState
 from torch import Tensor
 from transformers import get_constant_schedule_with_warmup as constant_with_warmup
 
-from searchr1_lite.config import REINFORCED, Profile, save_config
+from searchr1_lite.config import PLUGIN, REINFORCED, Profile, save_config
 from searchr1_lite.files import write_json
 from searchr1_lite.memory import check_memory
+from searchr1_lite.plugins import load_plugin
 from searchr1_lite.preflight import check_processes, check_settings, memory_for
 from searchr1_lite.retrieval.batching import cached
 from searchr1_lite.retrieval.index import load_retriever
@@ -84,6 +85,8 @@ def train(
         progress(f"{run_folder.name}: finished already, nothing to do")
         return run_folder
     check_processes(profile, len(eval_questions), process.num_processes)
+    if PLUGIN.fullmatch(profile.reward):
+        load_plugin(profile.reward)  # if it is not there, say so before the first rollout
     if profile.trainer == "trl":
         trl_trainer.check_settings(profile)
     if policy is None:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from math import isfinite
 from statistics import fmean
 
-from searchr1_lite.config import Profile
-from searchr1_lite.plugins import PluginError, is_plugin, load_plugin
+from searchr1_lite.config import PLUGIN, Profile
+from searchr1_lite.errors import UserError
+from searchr1_lite.plugins import PluginError, load_plugin
 from searchr1_lite.rollout.protocol import render_prompt
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.tasks.answers import ANSWER, exact_match, f1, last_answer, stands_in, substring_match
@@ -96,8 +97,8 @@ def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = Fa
     read as it stands, prompt, passages and all, as the original does. `progress`, the share of training that is done
     (0 to 1), matters to R1-Searcher's stages only.
     """
-    if is_plugin(kind):
-        return plugin_reward(kind, trajectory)
+    if PLUGIN.fullmatch(kind):
+        return plugin_reward(trajectory, kind)
     golden = trajectory.question.golden_answers
     prompt = render_prompt(trajectory.question.question) if reads_prompt else None
     quoted = "".join(turn.text + _quoted(turn.observation) for turn in trajectory.turns)
@@ -114,14 +115,18 @@ def trajectory_reward(trajectory: Trajectory, kind: str, reads_prompt: bool = Fa
     return {"exact_match": exact_match, "f1": f1, "substring_match": substring_match}[kind](read, golden)
 
 
-def plugin_reward(name: str, trajectory: Trajectory) -> float:
-    """What a function of yours gives a trajectory, whose `question` has the golden answers; raises PluginError."""
-    function = load_plugin(name)
-    if not callable(function):
-        raise PluginError(f"{name}: it is no function of a trajectory")
-    reward = function(trajectory)
-    if not isinstance(reward, int | float) or not isfinite(reward):
-        raise PluginError(f"{name}: a reward is a number, got {reward!r}")
+def plugin_reward(trajectory: Trajectory, name: str) -> float:
+    """What the function `module:name` returns for (trajectory, question); PluginError if it is no finite number."""
+    try:
+        reward = load_plugin(name)(trajectory, trajectory.question)
+        finite = isfinite(reward)
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise PluginError(f"{name} gave question {trajectory.question.id!r} no reward, but {what}") from error
+    if not finite:
+        raise PluginError(f"{name}: a reward must be a finite number, got {reward!r} for {trajectory.question.id!r}")
     return float(reward)
 
 

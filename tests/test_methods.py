@@ -6,31 +6,31 @@ import pytest
 
 from searchr1_lite.analysis import table
 from searchr1_lite.config import load_profile
-from searchr1_lite.evaluation import compare
-from searchr1_lite.evaluation.compare import WAYS, instruct_model, profile_of
 from searchr1_lite.evaluation.strategies import STRATEGIES
+from searchr1_lite.experiments import methods
+from searchr1_lite.experiments.methods import METHODS, instruct_model, profile_of, run_ten_ways
 from searchr1_lite.rollout.protocol import PROMPTS
 
-SMALL = ["quantization=none", "eval_questions=3", "steps=1", "questions_per_step=2", "group_size=2", "lora_r=2"]
+SMALL = {"quantization": "none", "eval_questions": 3, "steps": 1, "questions_per_step": 2, "group_size": 2, "lora_r": 2}
 
 
 def test_every_strategy_is_a_way_and_the_table_knows_their_order():
-    assert tuple(WAYS) == table.WAYS
-    assert {way.strategy for way in WAYS.values()} == {*STRATEGIES, *PROMPTS}
-    trained = {name for name, way in WAYS.items() if way.training is not None}
+    assert tuple(METHODS) == table.METHODS
+    assert {way.strategy for way in METHODS.values()} == {*STRATEGIES, *PROMPTS}
+    trained = {name for name, way in METHODS.items() if way.training is not None}
     assert trained == {"sft", "r1_base", "r1_instruct", "rejection_sampling", "search_r1_base", "search_r1_instruct"}
-    assert all(WAYS[name].strategy in PROMPTS for name in trained)  # only one trajectory can be trained
+    assert all(METHODS[name].strategy in PROMPTS for name in trained)  # only one trajectory can be trained
 
 
 def test_a_way_changes_its_own_settings_and_no_others():
     profile = load_profile("tiny", topk=5, seed=4)
-    for name, way in WAYS.items():
+    for name, way in METHODS.items():
         its = profile_of(way, profile, "data/tiny-instruct")
         changed = {key for key, value in its.model_dump().items() if value != profile.model_dump()[key]}
         assert changed <= {"strategy", "model", *(way.training or {})}, name
         assert its.model == ("data/tiny-instruct" if name in ("direct", "rag", "r1_instruct") else its.model)
-    assert profile_of(WAYS["rejection_sampling"], profile, "x").group_size == 5
-    assert profile_of(WAYS["search_r1_base"], profile, "x") == profile
+    assert profile_of(METHODS["rejection_sampling"], profile, "x").group_size == 5
+    assert profile_of(METHODS["search_r1_base"], profile, "x") == profile
 
 
 def test_the_instruct_model_has_the_name_of_its_base():
@@ -39,8 +39,7 @@ def test_the_instruct_model_has_the_name_of_its_base():
 
 
 def test_the_command_trains_asks_and_goes_on(tmp_path, monkeypatch, capsys):
-    typed = ["--out", str(tmp_path), "--seeds", "0", "1", "--ways", "rag", "sft", *SMALL]
-    evaluate, left = compare.evaluate_into, 3
+    evaluate, left = methods.evaluate_into, 3
 
     def dies(*given):
         nonlocal left
@@ -50,12 +49,12 @@ def test_the_command_trains_asks_and_goes_on(tmp_path, monkeypatch, capsys):
         return evaluate(*given)
 
     with monkeypatch.context() as cut, pytest.raises(KeyboardInterrupt):
-        cut.setattr(compare, "evaluate_into", dies)
-        compare.main(typed)
+        cut.setattr(methods, "evaluate_into", dies)
+        run_ten_ways(tmp_path, [0, 1], ["rag", "sft"], **SMALL)
     made = {path: path.read_bytes() for path in tmp_path.rglob("evaluation.json")}
     assert len(made) == 5  # three ways asked, and two trainings
     capsys.readouterr()
-    compare.main(typed)
+    run_ten_ways(tmp_path, [0, 1], ["rag", "sft"], **SMALL)
     said = capsys.readouterr().out
     assert said.count("finished already, nothing to do") == 5 and "seed 1, 2 of 2: sft, exact match greedy" in said
     assert {path: path.read_bytes() for path in made} == made
@@ -67,11 +66,3 @@ def test_the_command_trains_asks_and_goes_on(tmp_path, monkeypatch, capsys):
     record = table.make_record([tmp_path], "")
     assert {way: entry["trained"] for way, entry in record["ways"].items()} == {"rag": False, "sft": True}
     assert record["ways"]["rag"]["model"] == "data/tiny-instruct"
-
-
-def test_a_way_that_does_not_exist_and_settings_that_cannot_work_are_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        compare.main(["--out", str(tmp_path), "--ways", "magic"])
-    assert "invalid choice: 'magic'" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="error: profile 'tiny' cannot be used"):
-        compare.main(["--out", str(tmp_path), "no_such_setting=1"])
