@@ -5,13 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+import test_loop
 import torch
 from conftest import original
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from searchr1_lite.config import ConfigError, load_profile
-from searchr1_lite.rollout.trajectory import Trajectory, Turn
 from searchr1_lite.training.loop import Learner, model_to_train, shuffled
 from searchr1_lite.training.losses import (
     VALUE_CLIP,
@@ -23,22 +23,13 @@ from searchr1_lite.training.losses import (
     whitened,
 )
 from searchr1_lite.training.score import ValueHead, collate, score, token_entropies, token_logprobs
-from searchr1_lite.types import Question
 
 close = torch.testing.assert_close
-SMALL = {
-    "questions_per_step": 2,
-    "group_size": 4,
-    "micro_batch_tokens": 64,  # several parts, whose rows are not all as long as each other
-    "steps": 1,
-    "max_prompt_tokens": 1000,
-    "max_context_tokens": 2500,
-    "max_grad_norm": 1e9,
-}
 
 
 def tiny(**overrides):
-    return load_profile("tiny", **(SMALL | overrides))
+    """In several parts, whose rows are not all as long as each other."""
+    return test_loop.tiny(**{"micro_batch_tokens": 64, "max_grad_norm": 1e9} | overrides)
 
 
 def test_gae_by_hand():
@@ -144,18 +135,8 @@ def test_llds_by_hand():
     assert not likelihood_losses(old, old, torch.tensor([1.0, -1.0]), mask).any()  # at the first update
 
 
-def forged(question: Question, generator: random.Random) -> Trajectory:
-    """Two stretches of the model's own tokens around a retrieved one."""
-    own, found, last = (generator.randint(2, 9) for _ in range(3))
-    ids = [generator.randrange(10, 500) for _ in range(own + found + last)]
-    prompt = [generator.randrange(10, 500) for _ in range(int(question.id) * 3 + 5)]
-    mask = [1] * own + [0] * found + [1] * last
-    turns = (Turn("", "search", "q"), Turn("b", "answer"))
-    return Trajectory(question, *map(tuple, (prompt, ids, mask, [0.0] * len(ids))), turns, True, "answer")
-
-
 GENERATOR = random.Random(1)
-MADE = [forged(Question(str(n), f"What is {n}?", ("a",), {}), GENERATOR) for n in range(2) for _ in range(4)]
+MADE = [test_loop.forged(question, GENERATOR) for question in test_loop.QUESTIONS[:2] for _ in range(4)]
 REWARDS = [1.0, 0.0, 0.0, 0.5, 0.0, 1.0, 1.0, 0.0]
 
 

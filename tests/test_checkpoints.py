@@ -40,22 +40,10 @@ def cut_off_at(step):
 def run(folder, tokenizer, retriever, progress=lambda line: None, **overrides):
     from conftest import make_model
 
-    settings = {
-        "steps": 4,
-        "questions_per_step": 2,
-        "group_size": 2,
-        "micro_batch_tokens": 1000,
-        "updates_per_rollout": 2,
-        "save_every": 2,
-        "save_trajectories_every": 1,
-        "max_turns": 1,
-        "max_response_tokens": 6,
-        "max_prompt_tokens": 1000,
-        "max_context_tokens": 2500,
-        "chat_template": False,
-        "lora_dropout": 0.1,
-        "warmup_steps": 3,  # past the checkpoint: the schedule must go on, too
-    }
+    settings = {"steps": 4, "questions_per_step": 2, "group_size": 2, "micro_batch_tokens": 1000, "save_every": 2}
+    settings |= {"updates_per_rollout": 2, "save_trajectories_every": 1, "max_turns": 1, "max_response_tokens": 6}
+    settings |= {"max_prompt_tokens": 1000, "max_context_tokens": 2500, "chat_template": False, "lora_dropout": 0.1}
+    settings |= {"warmup_steps": 3}  # past the checkpoint: the schedule must go on, too
     profile = load_profile("tiny", **(settings | overrides))
     policy = Policy(make_model(544), tokenizer, torch.device("cpu"))
     options = {"questions": QUESTIONS, "eval_questions": QUESTIONS[:2], "retriever": retriever, "policy": policy}
@@ -79,11 +67,8 @@ def result(folder):
         trajectories = [json.loads(line) for line in file]
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-    return (
-        [without_seconds(row) for row in metrics],
-        trajectories,
-        {k: without_seconds(v) for k, v in evaluation.items()},
-    )
+    evaluation = {name: without_seconds(value) for name, value in evaluation.items()}
+    return [without_seconds(row) for row in metrics], trajectories, evaluation
 
 
 @pytest.mark.parametrize("step", [1, 3])

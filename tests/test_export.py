@@ -1,19 +1,19 @@
 """tasks/export.py: the parquet that Search-R1 trains from, column for column, and back again without a loss."""
 
 import json
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 import pytest
+from conftest import searchr1
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
 from searchr1_lite.config import ROOT
 from searchr1_lite.tasks import export as module
-from searchr1_lite.tasks.export import export, main, training_table
+from searchr1_lite.tasks.export import export, training_table
 from searchr1_lite.tasks.questions import load_questions, read_questions
 from searchr1_lite.types import Question
 
@@ -137,20 +137,15 @@ def test_metadata_of_no_one_type_is_left_out_aloud(capsys: pytest.CaptureFixture
     assert "note: without metadata, whose values are of more than one type" in capsys.readouterr().out
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["export", *arguments])
-    main()
-
-
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     out = tmp_path / "train.parquet"
-    command(monkeypatch, "--questions", sets(tmp_path), "--split", "train", "--out", str(out))
+    searchr1("export", sets(tmp_path), "--split", "train", "--out", out)
     said = capsys.readouterr().out
     assert said.startswith(f"{out}: 4 questions, id, question, golden_answers, data_source") and "note" not in said
-    command(monkeypatch, "--questions", "toy", "--split", "test", "--out", str(out))
+    searchr1("export", "toy", "--split", "test", "--out", out)
     assert "note: Search-R1 stops at the data_source toy; it knows nq, triviaqa" in capsys.readouterr().out
     source = sets(tmp_path)
-    command(monkeypatch, "--questions", source, "--split", "train", "--out", str(out), "--data-source", "musique")
+    searchr1("export", source, "--split", "train", "--out", out, "--data-source", "musique")
     assert "note" not in capsys.readouterr().out
     assert set(parquet.read_table(out)["data_source"].to_pylist()) == {"musique"}
     assert [q.id for q in read_questions(out)] == ["nq/train_0", "nq/train_1", "hotpotqa/train_0", "hotpotqa/train_1"]
@@ -161,7 +156,7 @@ def test_a_failed_command_leaves_the_old_file(tmp_path: Path, monkeypatch: pytes
     export("toy", "train", out)
     before = out.read_bytes()
     with pytest.raises(SystemExit, match=r"error: .*no questions in split 'dev'; there are test, train"):
-        command(monkeypatch, "--questions", "toy", "--split", "dev", "--out", str(out))
+        searchr1("export", "toy", "--split", "dev", "--out", out)
 
     def full_disk(table, path):
         Path(path).write_bytes(b"PAR1 half")
@@ -169,7 +164,7 @@ def test_a_failed_command_leaves_the_old_file(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(module.parquet, "write_table", full_disk)
     with pytest.raises(SystemExit, match=r"error: .*No space left on device"):
-        command(monkeypatch, "--questions", "toy", "--split", "test", "--out", str(out))
+        searchr1("export", "toy", "--split", "test", "--out", out)
     assert out.read_bytes() == before
 
 

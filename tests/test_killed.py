@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from test_checkpoints import result, run
 
-KILLS = {"grpo": 6, "ppo": 2, "sft": 2, "rejection_sampling": 3}
+KILLS = {"grpo": 4, "ppo": 1, "sft": 1, "rejection_sampling": 2}
 SETTINGS = {"steps": 10, "save_every": 2, "updates_per_rollout": 1}
 
 

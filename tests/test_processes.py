@@ -15,19 +15,9 @@ from searchr1_lite.config import ROOT, ConfigError, load_profile
 from searchr1_lite.preflight import check_processes
 from searchr1_lite.runfolder import read_json
 
-SETTINGS = {
-    "quantization": "none",
-    "reward": "format",  # noise earns something at times
-    "steps": 2,
-    "questions_per_step": 4,
-    "group_size": 4,
-    "max_turns": 1,
-    "max_response_tokens": 24,
-    "micro_batch_tokens": 700,  # several parts, not as many in both processes
-    "eval_questions": 5,
-    "save_every": 1,
-    "save_trajectories_every": 1,
-}
+SETTINGS = {"reward": "format", "micro_batch_tokens": 700}  # noise earns something; unlike parts in the processes
+SETTINGS |= {"quantization": "none", "steps": 2, "questions_per_step": 4, "group_size": 4, "max_turns": 1}
+SETTINGS |= {"max_response_tokens": 24, "eval_questions": 5, "save_every": 1, "save_trajectories_every": 1}
 
 
 def start(processes, folder, algorithm):
@@ -88,11 +78,7 @@ def test_two_processes_make_the_run_of_one(tmp_path, capsys, algorithm):
     ("changed", "processes", "says"),
     [
         ({}, 3, "questions_per_step = 4 must be a multiple of the 3 processes; change the setting"),
-        (
-            {"updates_per_rollout": 8},
-            4,
-            "questions_per_step x group_size = 16 must be a multiple of updates_per_rollout x processes = 32",
-        ),
+        ({"updates_per_rollout": 8}, 4, "group_size = 16 must be a multiple of updates_per_rollout x processes = 32"),
         ({"eval_questions": 1}, 2, "eval_questions: 1 held-out questions are too few for 2 processes"),
     ],
 )

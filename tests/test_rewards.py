@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_lite.config import ROOT
-from searchr1_lite.rollout.protocol import render_prompt
+from searchr1_lite.rollout.protocol import INVALID_ACTION, render_prompt
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
 from searchr1_lite.tasks.answers import exact_match, f1, last_answer, normalize_answer, substring_match
 from searchr1_lite.training.rewards import format_reward, has_valid_format, read_with_prompt, trajectory_reward
@@ -183,15 +183,7 @@ def test_format_reward_for_retrieving_the_answer():
     assert format_reward(wrong, ["---"], retrieval=0.1) == pytest.approx(0.2)
 
 
-@pytest.mark.parametrize(
-    "response",
-    [
-        GOOD,
-        "\n" + GOOD + "\n",
-        SEARCHED + GOOD,
-        SEARCHED * 3 + GOOD,
-    ],
-)
+@pytest.mark.parametrize("response", [GOOD, "\n" + GOOD + "\n", SEARCHED + GOOD, SEARCHED * 3 + GOOD])
 def test_valid_formats(response):
     assert has_valid_format(response)
 
@@ -224,15 +216,11 @@ WHOLE = re.compile(
 )
 
 
-@given(st.lists(PIECES, max_size=14).map("".join))
+VALID = st.sampled_from([SEARCHED, "<think>a</think>", " ", "<answer>b</answer>", "x"])  # mostly
+
+
+@given((st.lists(PIECES, max_size=14) | st.lists(VALID, max_size=6)).map("".join))
 def test_format_is_what_one_regular_expression_says(response):
-    assert has_valid_format(response) == bool(WHOLE.fullmatch(response))
-
-
-@given(
-    st.lists(st.sampled_from([SEARCHED, "<think>a</think>", " ", "<answer>b</answer>", "x"]), max_size=6).map("".join)
-)
-def test_format_agrees_on_mostly_valid_responses(response):
     assert has_valid_format(response) == bool(WHOLE.fullmatch(response))
 
 
@@ -251,6 +239,9 @@ def test_an_answer_matches_itself_and_what_stands_before_it_does_not_matter(answ
         assert exact_match(f"{before}<answer>{answer}</answer>", [answer]) == 1.0
 
 
+FOUND = Turn("<think>a</think><search>q</search>", "search", "q", (), "\n\n<information>Oslo is</information>\n\n")
+
+
 def trajectory(*turns: Turn) -> Trajectory:
     return Trajectory(Question("1", "Where?", ("Oslo",)), (1,), (2,), (1,), (0.0,), turns, True, "answer")
 
@@ -259,14 +250,6 @@ def test_a_passage_cannot_earn_the_reward():
     told = Turn("<search>q</search>", "search", "q", (), "\n\n<information><answer>Oslo</answer></information>\n\n")
     assert trajectory_reward(trajectory(told), "exact_match") == 0.0
     assert trajectory_reward(trajectory(told), "format") == 0.0
-
-
-def test_tags_in_a_passage_do_not_break_the_format():
-    told = Turn(
-        "<think>a</think><search>q</search>", "search", "q", (), "\n\n<information>a <think> b</information>\n\n"
-    )
-    answer = Turn("<think>b</think><answer>Oslo</answer>", "answer")
-    assert trajectory_reward(trajectory(told, answer), "format") == 1.0
 
 
 def test_reading_as_the_original_does_scores_passages_too():
@@ -286,12 +269,8 @@ def test_reading_as_the_original_does_scores_passages_too():
 )
 @pytest.mark.parametrize("reads_prompt", [False, True])
 def test_every_kind_of_reward(kind, reward, reads_prompt):
-    search = Turn("<think>a</think><search>q</search>", "search", "q", (), "\n\n<information>Oslo is</information>\n\n")
     answer = Turn("<think>b</think><answer>Oslo Norway</answer>", "answer")
-    assert trajectory_reward(trajectory(search, answer), kind, reads_prompt) == pytest.approx(reward)
-
-
-FOUND = Turn("<think>a</think><search>q</search>", "search", "q", (), "\n\n<information>Oslo is</information>\n\n")
+    assert trajectory_reward(trajectory(FOUND, answer), kind, reads_prompt) == pytest.approx(reward)
 
 
 def answered(text: str, think: str = "b") -> Turn:
@@ -386,9 +365,6 @@ def compare_with_original(response: str, golden: list[str]) -> None:
 
 
 def test_an_invalid_action_breaks_the_format():
-    text = (
-        "\nMy previous action is invalid. If I want to search, I should put the query between <search> and </search>.\n"
-    )
-    invalid = Turn("<think>a</think>", "invalid", None, (), text)
+    invalid = Turn("<think>a</think>", "invalid", None, (), INVALID_ACTION)
     answer = Turn("<think>b</think><answer>Oslo</answer>", "answer")
     assert trajectory_reward(trajectory(invalid, answer), "format") == pytest.approx(0.8)

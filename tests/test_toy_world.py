@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from searchr1_lite.config import ROOT
 from searchr1_lite.retrieval.bm25 import BM25Retriever
-from searchr1_lite.tasks.toy_world import MIX, TELLINGS, ToyWorld, write_world
+from searchr1_lite.tasks.toy_world import MIX, WORDS, ToyWorld, write_world
 
 worlds = st.builds(ToyWorld, st.integers(0, 10_000), st.integers(5, 60), st.sampled_from(["world", "pretraining"]))
 
@@ -60,7 +60,7 @@ def test_questions_come_in_the_stated_proportions_and_several_wordings():
         assert sum(q.metadata["hops"] == hops for q in questions) / len(questions) == pytest.approx(share, abs=0.01)
     openings = {q.question.split()[0] for q in questions if q.metadata["kind"] == "author"}
     assert {"Who", "By"} <= openings
-    assert all(len(tellings) >= 3 for tellings in TELLINGS.values())
+    assert all(len(tellings) >= 3 for tellings in WORDS["tellings"].values())
 
 
 def test_an_ideal_reader_finds_each_link_with_one_search():

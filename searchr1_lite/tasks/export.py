@@ -1,4 +1,4 @@
-"""Questions as the parquet file that Search-R1 and verl train from: `python -m searchr1_lite.tasks.export --help`.
+"""Questions as the parquet file that Search-R1 and verl train from: `searchr1 export --help`.
 
 Column for column what Search-R1's scripts/data_process/qa_search_train_merge.py leaves (PeterJinGo/nq_hotpotqa_train is
 made by it), with one difference: there, `extra_info.index` starts at 0 again with each set, and the trainer groups
@@ -17,7 +17,7 @@ import pyarrow as pa
 from pyarrow import parquet
 
 from searchr1_lite.rollout.protocol import render_prompt
-from searchr1_lite.tasks.questions import Named, keep_apart, load_by_set
+from searchr1_lite.tasks.questions import EVALUATION, Named, keep_apart, load_by_set
 
 
 def training_table(pairs: list[Named], split: str) -> pa.Table:
@@ -44,12 +44,18 @@ def training_table(pairs: list[Named], split: str) -> pa.Table:
 
 
 def export(source: str, split: str, out: Path, data_source: str | None = None) -> pa.Table:
-    """Write the questions of a split to `out`, whole or not at all; `data_source` stands in for the sets' names."""
+    """Write the questions of a split to `out`, whole or not at all; `data_source` replaces the sets' names.
+
+    Prints what was written, and which `data_source` Search-R1 does not know. Raises QuestionError.
+    """
     pairs = load_by_set(source, split)
-    apart = keep_apart(pairs, source)
-    table = training_table([(data_source, question) for question in apart] if data_source else pairs, split)
+    questions = keep_apart(pairs, source)
+    table = training_table([(data_source, question) for question in questions] if data_source else pairs, split)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_name(out.name + ".new")
     parquet.write_table(table, beside)
     os.replace(beside, out)
+    print(f"{out}: {table.num_rows:,} questions, {', '.join(table.column_names)}")
+    if unknown := sorted(set(table["data_source"].unique().to_pylist()) - set(EVALUATION)):
+        print(f"note: Search-R1 stops at the data_source {', '.join(unknown)}; it knows {', '.join(EVALUATION)}")
     return table

@@ -154,27 +154,21 @@ def _read_file(path: Path, name: str = "") -> list[Named]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield `("file:row n", row)`, rows counted from 1, of the columns that are used here."""
+    """`("file:row n", row)`, rows counted from 1, of the columns that are used here."""
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     if not path.is_file():
         raise QuestionError(f"no questions file at {path}")
-    number, where = 0, str(path)
     try:
         with ParquetFile(path) as file:
-            for batch in file.iter_batches(columns=_wanted(file.schema_arrow, path)):
-                for place in range(batch.num_rows):
-                    number += 1
-                    where = f"{path}:row {number}"
-                    yield where, batch.slice(place, 1).to_pylist()[0]
-    except UnicodeDecodeError as problem:
-        raise QuestionError(f"{where}: not UTF-8 ({problem})") from None
-    except (pyarrow.ArrowException, OSError) as problem:
+            rows = file.read(_wanted(file.schema_arrow, path)).to_pylist()
+    except (UnicodeDecodeError, pyarrow.ArrowException, OSError) as problem:
         reason = str(problem).partition("\n")[0]
-        raise QuestionError(f"{where}: the parquet file is cut off or damaged ({reason}); fetch it again") from None
-    if not number:
+        raise QuestionError(f"{path}: the parquet file is cut off or damaged ({reason}); fetch it again") from None
+    if not rows:
         raise QuestionError(f"{path}: the file is empty, it holds no questions")
+    return ((f"{path}:row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def _wanted(schema: Any, path: Path) -> list[str]:

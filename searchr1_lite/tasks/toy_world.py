@@ -6,7 +6,7 @@ something: names are drawn from two disjoint halves of all possible names, one f
 and one for worlds it is trained and tested on; and a world is two regions that share no person, city, company or
 novel, so a test question never touches a link that a training question used.
 
-Left out on purpose: aliases, ambiguity and unanswerable questions.
+Its words and wordings are in toy_world.yaml. Left out on purpose: aliases, ambiguity and unanswerable questions.
 """
 
 import json
@@ -18,91 +18,15 @@ from itertools import chain as concat
 from pathlib import Path
 from typing import Literal
 
+import yaml
+
 from searchr1_lite.types import Passage, Question
 
-ONSETS = "b d f g h j k l m n p r s t v w z br dr gr kl st tr".split()
-VOWELS = "a e i o u".split()
-CODAS = ["", "", "", "l", "m", "n", "r", "s"]
-ENDINGS = {"country": ["ia", "land", "una"], "city": ["ville", "ford", "mar", "holm", "dale"]}
-FIRMS = ["Works", "Group", "Mills", "Lines", "Press", "Tools"]
-ADJECTIVES = """
-    amber bitter broken copper crimson distant empty frozen golden hidden hollow iron last lonely lost pale quiet red
-    restless salt scarlet second secret silent silver sleeping small stolen strange velvet white wild""".split()
-NOUNS = """
-    anchor bell bird bridge candle crown door dream field fire forest garden ghost harbor island key lantern letter map
-    mirror moon mountain orchard river road rose sea ship song star stone storm tower train tree wall
-    winter wolf""".split()
-JOBS = """
-    actor architect baker banker barber biologist botanist brewer butcher carpenter chemist clerk composer cook dancer
-    dentist diver doctor engineer farmer gardener geologist glazier historian judge lawyer librarian mason miner nurse
-    painter pianist pilot plumber poet potter sailor sculptor singer surgeon tailor teacher translator weaver""".split()
-SIGHTS = """
-    bridges canals clocks gardens markets mills museums orchards parks stairs towers trams walls wells""".split()
-
-# How a fact is told in a passage: {e} the subject, {v} the value, {a} "a" or "an", {y} a year nobody asks for.
-TELLINGS = {
-    "birthplace": [
-        "{e} was born in {v}.",
-        "{e} was born in {v} in {y}.",
-        "{e} is a native of {v}.",
-        "The birthplace of {e} is {v}.",
-    ],
-    "job": [
-        "{e} worked as {a} {v}.",
-        "{e} made a living as {a} {v}.",
-        "{e} was {a} {v} by profession.",
-        "The job of {e} was {v}.",
-    ],
-    "founder": [
-        "{e} was founded by {v}.",
-        "{e} was founded in {y} by {v}.",
-        "{v} founded {e} in {y}.",
-        "The founder of {e} was {v}.",
-    ],
-    "seat": [
-        "{e} is based in {v}.",
-        "{e} has its seat in {v}.",
-        "{e} runs its business from {v}.",
-        "The head office of {e} stands in {v}.",
-    ],
-    "author": [
-        "{e} is a novel by {v}.",
-        "{e} was written by {v} in {y}.",
-        "{v} wrote {e} in {y}.",
-        "The author of {e} is {v}.",
-    ],
-    "setting": [
-        "{e} is set in {v}.",
-        "{e} tells of a winter in {v}.",
-        "{e} takes place in {v}.",
-        "The story of {e} happens in {v}.",
-    ],
-    "country": [
-        "{e} is a city in {v}.",
-        "{e} lies in the north of {v}.",
-        "{e} belongs to {v}.",
-        "The city of {e} is part of {v}.",
-    ],
-}
+WORDS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+ONSETS, VOWELS, FIRMS = (WORDS[name].split() for name in ("onsets", "vowels", "firms"))
+ADJECTIVES, NOUNS, JOBS, SIGHTS = (WORDS[name].split() for name in ("adjectives", "nouns", "jobs", "sights"))
 PRONOUN = {"person": "They", "company": "It", "novel": "It", "city": "It"}
 
-# How a link is asked for, and how an entity is described by the link that leads to it.
-ASKINGS = {
-    "birthplace": ["Where was {e} born?", "In which city was {e} born?", "What is the birthplace of {e}?"],
-    "job": ["What was the job of {e}?", "What did {e} do for a living?", "Which profession did {e} have?"],
-    "founder": ["Who founded {e}?", "Who is the founder of {e}?", "By whom was {e} founded?"],
-    "seat": ["Where is {e} based?", "In which city does {e} have its seat?", "Which city is the seat of {e}?"],
-    "author": ["Who wrote {e}?", "Who is the author of {e}?", "By whom was {e} written?"],
-    "setting": ["Where is {e} set?", "In which city does {e} take place?", "Which city is the setting of {e}?"],
-    "country": ["In which country is {e}?", "In which country does {e} lie?", "What country does {e} belong to?"],
-}
-DESCRIPTIONS = {
-    "birthplace": ["the birthplace of {e}", "the city where {e} was born"],
-    "founder": ["the founder of {e}", "the person who founded {e}"],
-    "seat": ["the seat of {e}", "the city where {e} is based"],
-    "author": ["the author of {e}", "the person who wrote {e}"],
-    "setting": ["the setting of {e}", "the city where {e} is set"],
-}
 RELATIONS = {  # subject kind -> relations it has, and the kind each leads to
     "person": {"birthplace": "city", "job": "job"},
     "company": {"founder": "person", "seat": "city"},
@@ -250,22 +174,14 @@ class ToyWorld:
 
     def _note(self) -> str:
         pick = {kind: self._rng.choice([e.name for e in self.entities if e.kind == kind]) for kind in RELATIONS}
-        return self._rng.choice(
-            [
-                "A street in {city} is named after {person}.",
-                "{person} once spoke in {city} about {novel}.",
-                "{company} printed a calendar with pictures of {city}.",
-                "{person} owned a signed copy of {novel}.",
-                "{company} gave {person} a medal.",
-            ]
-        ).format(**pick)
+        return self._rng.choice(WORDS["notes"]).format(**pick)
 
 
 def invent_name(kind: str, rng: random.Random) -> str:
     """A name of a kind, as in Torvel (a city), Kela Dorvan (a person), The Amber Lantern (a novel)."""
 
     def word(syllables: int) -> str:
-        parts = (rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(CODAS) for _ in range(syllables))
+        parts = (rng.choice(ONSETS) + rng.choice(VOWELS) + rng.choice(WORDS["codas"]) for _ in range(syllables))
         return "".join(parts).capitalize()
 
     if kind == "person":
@@ -274,13 +190,13 @@ def invent_name(kind: str, rng: random.Random) -> str:
         return f"{word(2)} {rng.choice(FIRMS)}"
     if kind == "novel":
         return f"The {rng.choice(ADJECTIVES).capitalize()} {rng.choice(NOUNS).capitalize()}"
-    return word(1) + rng.choice(ENDINGS[kind]) if rng.random() < 0.5 else word(2)
+    return word(1) + rng.choice(WORDS["endings"][kind]) if rng.random() < 0.5 else word(2)
 
 
 def tell(fact: Fact, rng: random.Random) -> str:
     """A fact as a sentence of a passage."""
     article = "an" if fact.value[0] in "aeiou" else "a"
-    telling = rng.choice(TELLINGS[fact.relation])
+    telling = rng.choice(WORDS["tellings"][fact.relation])
     return telling.format(e=fact.subject.name, v=fact.value, a=article, y=rng.randint(1850, 1990))
 
 
@@ -288,8 +204,8 @@ def ask(facts: list[Fact], rng: random.Random) -> str:
     """A chain of facts as one question about its first subject: the founder of X, where born, in which country."""
     phrase = facts[0].subject.name
     for fact in facts[:-1]:
-        phrase = rng.choice(DESCRIPTIONS[fact.relation]).format(e=phrase)
-    return rng.choice(ASKINGS[facts[-1].relation]).format(e=phrase)
+        phrase = rng.choice(WORDS["descriptions"][fact.relation]).format(e=phrase)
+    return rng.choice(WORDS["askings"][facts[-1].relation]).format(e=phrase)
 
 
 def write_world(folder: Path, seed: int, size: int) -> None:

@@ -9,7 +9,6 @@ of sampling from the model that was trained.
 import gzip
 import json
 import random
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,8 +48,8 @@ def make_demonstrations(
     if profile.algorithm == "sft":
         return golden_answers(policy, in_passes(questions, profile), profile)
     if profile.algorithm == "rejection_sampling":
-        asked = list(dict.fromkeys(order))
-        return in_passes(right_answers(policy, asked, retriever, profile, run_folder, progress), profile)
+        distinct = list(dict.fromkeys(order))
+        return in_passes(right_answers(policy, distinct, retriever, profile, run_folder, progress), profile)
     return []
 
 
@@ -103,22 +102,18 @@ def right_answers(
     process.wait_for_everyone()  # all have looked
     if missing:
         size = profile.save_every * profile.questions_per_step
-        parts = [run_folder / f"checkpoints/right-{first}.jsonl.gz" for first in range(0, len(questions), size)]
-        searched, began, here = cached(retriever), time.monotonic(), 0
+        parts = {n: run_folder / f"checkpoints/right-{n}.jsonl.gz" for n in range(0, len(questions), size)}
+        searches = cached(retriever)
         writer = VLLMWriter(policy, profile) if profile.sampler == "vllm" else None
-        for number, part in enumerate(parts):
-            asked = questions[number * size :][:size]
+        for first, part in parts.items():
             if not part.is_file():
-                _sample(policy, asked, searched, profile, writer, part)
-                here, done = here + len(asked), number * size + len(asked)
-                left = (len(questions) - done) * (time.monotonic() - began) / here
-                progress(f"{run_folder.name}: candidates for {done} of {len(questions)} questions, {left:.0f} s left")
-        whole = b"".join(part.read_bytes() for part in parts)
+                rows = questions[first : first + size]
+                _sample(policy, rows, searches, profile, writer, part)
+                progress(f"{run_folder.name}: candidates for {first + len(rows)} of {len(questions)} questions")
+        whole = b"".join(part.read_bytes() for part in parts.values())
         if not gzip.decompress(whole):
-            tried = f"group_size = {profile.group_size} answers to each of {len(questions)} questions"
-            raise ConfigError(
-                f"none of {tried} was right: nothing to learn from. Raise group_size or steps, or change model"
-            )
+            tried = f"group_size = {profile.group_size} answers to each of {len(questions)} questions was right"
+            raise ConfigError(f"none of {tried}: nothing to learn from. Raise group_size or steps, or change model")
         if process.is_main_process:
             write_whole(path, whole)
         process.wait_for_everyone()

@@ -61,7 +61,7 @@ class Recorder:
         """The step's line, with the means over its updates (the last one's gradient norm and the largest ratio)."""
         if not PartialState().is_main_process:
             return
-        columns = {name: [one[name] for one in updates] for name in updates[0]}
+        columns = {name: [update[name] for update in updates] for name in updates[0]}
         means = {name: None if None in values else mean(values) for name, values in columns.items()}
         last = {name: columns[name][-1] for name in ("grad_norm", "learning_rate")}
         largest = {"ratio_max": max(columns["ratio_max"])} if None not in columns["ratio_max"] else {}
@@ -72,22 +72,17 @@ class Recorder:
         self.step_seconds.append(seconds)
         self._say(self.row)
 
-    def _say(self, metrics: dict[str, Any]) -> None:
-        step, steps = metrics["step"], self.profile.steps
-        if step != 1 and step != steps and step % max(1, round(steps / 8)):
+    def _say(self, row: dict[str, Any]) -> None:
+        step, steps, failed = row["step"], self.profile.steps, row["failed_searches"]
+        if step not in (1, steps) and step % max(1, round(steps / 8)):
             return
-        rate = sum(self.step_seconds) / len(self.step_seconds)
-        going = f"exact match {metrics['exact_match']:.2f}  searches {metrics['searches']:.2f}"
+        rate = mean(self.step_seconds)
+        going = f"exact match {row['exact_match']:.2f}  searches {row['searches']:.2f}"
         if self.profile.algorithm not in REINFORCED:
-            going = f"loss {metrics['loss']:.3f}"
-        self.progress(
-            f"{self.run_folder.name}: step {step}/{steps}  {going}  {rate:.1f} s a step, "
-            f"{_duration(rate * (steps - step))} left"
-            + (
-                f"  {metrics['failed_searches']} trajectories left out: a search failed"
-                * bool(metrics["failed_searches"])
-            )
-        )
+            going = f"loss {row['loss']:.3f}"
+        left = f"{rate:.1f} s a step, {_duration(rate * (steps - step))} left"
+        left += f"  {failed} trajectories left out: a search failed" if failed else ""
+        self.progress(f"{self.run_folder.name}: step {step}/{steps}  {going}  {left}")
 
 
 class Figures:
@@ -135,17 +130,11 @@ def append_trajectories(
     tokenizer: Any = None,
 ) -> None:
     """Add a batch to trajectories.jsonl.gz; with a tokenizer, its tokens and log-probabilities too."""
-    rows = [
-        trajectory_to_row(
-            trajectory,
-            tokenizer,
-            step=step,
-            phase=phase,
-            reward=reward,
-            exact_match=exact_match(trajectory.policy_text, trajectory.question.golden_answers),
-        )
-        for trajectory, reward in zip(trajectories, rewards, strict=True)
-    ]
+    rows = []
+    for trajectory, reward in zip(trajectories, rewards, strict=True):
+        right = exact_match(trajectory.policy_text, trajectory.question.golden_answers)
+        extra = {"step": step, "phase": phase, "reward": reward, "exact_match": right}
+        rows.append(trajectory_to_row(trajectory, tokenizer, **extra))
     append_rows(run_folder / "trajectories.jsonl.gz", rows)
 
 

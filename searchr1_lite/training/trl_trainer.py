@@ -29,6 +29,12 @@ from searchr1_lite.training.record import Recorder
 from searchr1_lite.training.rewards import group_rewards
 
 LOSS_TYPES = {"token": "dapo", "sequence": "grpo", "constant": "dr_grpo"}  # by loss_mean
+SAME = {"beta", "entropy_coef", "epsilon", "gradient_checkpointing", "learning_rate", "max_grad_norm", "seed"}
+SAME |= {"temperature"}  # settings that TRL calls as we do
+# What differs from TRL's defaults, so that the training is loop.py's; `question_order` has shuffled the questions.
+FIXED = {"scale_rewards": "group", "use_bias_correction_kl": False, "shuffle_dataset": False, "optim": "adamw_torch"}
+FIXED |= {"lr_scheduler_type": "constant_with_warmup", "save_strategy": "steps", "save_total_limit": 2}
+FIXED |= {"report_to": [], "disable_tqdm": True, "ddp_find_unused_parameters": False}
 
 
 def check_settings(profile: Profile) -> None:
@@ -48,7 +54,7 @@ def check_settings(profile: Profile) -> None:
 
 
 def trl_config(profile: Profile, run_folder: Path, device: torch.device) -> Any:
-    """The profile in TRL's words. Everything that differs from TRL's defaults does so to match loop.py."""
+    """The profile in TRL's words."""
     from trl import GRPOConfig
 
     updates = profile.updates_per_rollout
@@ -65,34 +71,18 @@ def trl_config(profile: Profile, run_folder: Path, device: torch.device) -> Any:
         steps_per_generation=rows // micro_batch * updates,
         num_generations=profile.group_size,
         max_steps=profile.steps * updates,
-        shuffle_dataset=False,  # `question_order` has done it
-        temperature=profile.temperature,
         max_completion_length=profile.max_context_tokens,
         loss_type=loss_type,
         importance_sampling_level="sequence" if profile.policy_loss == "gspo" else "token",
-        scale_rewards="group",
-        epsilon=profile.epsilon,
         epsilon_high=_epsilon_high(profile),
-        beta=profile.beta,
-        use_bias_correction_kl=False,
-        entropy_coef=profile.entropy_coef,
-        learning_rate=profile.learning_rate,
-        lr_scheduler_type="constant_with_warmup",
         warmup_steps=profile.warmup_steps * updates,
-        max_grad_norm=profile.max_grad_norm,
-        optim="adamw_torch",
-        gradient_checkpointing=profile.gradient_checkpointing,
         bf16=device.type == "cuda" and profile.dtype == "bfloat16",
         use_cpu=device.type == "cpu",
         dataloader_pin_memory=device.type != "cpu",
-        seed=profile.seed,
-        save_strategy="steps",
         save_steps=profile.save_every * updates,
-        save_total_limit=2,
         logging_steps=updates,
-        report_to=[],
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
+        **profile.model_dump(include=SAME),
+        **FIXED,
     )
 
 
