@@ -14,10 +14,10 @@ from synthetic_runs import write_run
 from test_engine import QUESTIONS, biased_policy, check_logprobs
 
 from searchr1_lite.analysis.runs import RunError, by_mask, load_run
-from searchr1_lite.config import ROOT, ConfigError, load_profile, save_config
+from searchr1_lite.config import ROOT, ConfigError, Profile, load_profile, save_config
 from searchr1_lite.evaluation import evaluate as evaluation
-from searchr1_lite.experiments import worker
 from searchr1_lite.experiments.plan import load_experiment
+from searchr1_lite.experiments.run import train_run
 from searchr1_lite.lab import defects
 from searchr1_lite.lab.defects import broken, train_broken
 from searchr1_lite.lab.profile import BrokenProfile, Defect, load_broken
@@ -470,11 +470,12 @@ def test_afterwards_everything_is_as_before(defect, changed):
 
 
 def test_the_rest_of_the_package_knows_nothing_of_defects():
+    """But for `load_profile`'s hint at where they are."""
     package = ROOT / "searchr1_lite"
-    files = [package / "config.py", *(package / "rollout").rglob("*.py"), *(package / "training").rglob("*.py")]
+    files = [*(package / "rollout").rglob("*.py"), *(package / "training").rglob("*.py")]
     assert len(files) > 10
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    assert [line.strip() for line in lines if "defect" in line.lower()] == ['if key == "defects":']  # the hint
+    assert [file for file in files if "defect" in file.read_text(encoding="utf-8").lower()] == []
+    assert "defects" not in Profile.model_fields
 
 
 # Run folders
@@ -543,9 +544,9 @@ def test_an_experiments_arms_with_defects_are_trained_with_them(tmp_path, monkey
     assert kinds["stronger KL, kl_sign"] == ["kl_sign"] and kinds["stronger KL"] == []
     assert {"base-seed0", "defects=[bf16_lora]-seed0", "beta=0.05,defects=[kl_sign]-seed0"} <= runs.keys()
     made = []
-    monkeypatch.setattr(worker, "train", lambda profile, *_, **__: made.append(("healthy", profile)))
-    monkeypatch.setattr(worker, "train_broken", lambda profile, *_, **__: made.append(("broken", profile)))
+    monkeypatch.setattr(loop, "train", lambda profile, *_, **__: made.append(("healthy", profile)))
+    monkeypatch.setattr(defects, "train_broken", lambda profile, *_, **__: made.append(("broken", profile)))
     (tmp_path / "logs").mkdir()
     for name in ("base-seed0", "defects=[bf16_lora]-seed0"):
-        worker.train_run(runs[name][1], tmp_path / name)
+        train_run(runs[name][1], tmp_path / name, {})
     assert made == [("healthy", runs["base-seed0"][1]), ("broken", runs["defects=[bf16_lora]-seed0"][1])]

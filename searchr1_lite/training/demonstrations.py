@@ -11,6 +11,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +104,14 @@ def right_answers(
     if missing:
         size = profile.save_every * profile.questions_per_step
         parts = {n: run_folder / f"checkpoints/right-{n}.jsonl.gz" for n in range(0, len(questions), size)}
-        searches = cached(retriever)
         writer = VLLMWriter(policy, profile) if profile.sampler == "vllm" else None
+        sampling = {"group_size": profile.group_size, "seed": profile.seed * 1_000_003}  # as at a run's first step
+        sample = partial(rollout, policy, retriever=cached(retriever), profile=profile, writer=writer, **sampling)
         for first, part in parts.items():
             if not part.is_file():
-                rows = questions[first : first + size]
-                _sample(policy, rows, searches, profile, writer, part)
-                progress(f"{run_folder.name}: candidates for {first + len(rows)} of {len(questions)} questions")
+                asked = questions[first : first + size]
+                _sample(sample, asked, part)
+                progress(f"{run_folder.name}: candidates for {first + len(asked)} of {len(questions)} questions")
         whole = b"".join(part.read_bytes() for part in parts.values())
         if not gzip.decompress(whole):
             tried = f"group_size = {profile.group_size} answers to each of {len(questions)} questions was right"
@@ -124,18 +126,10 @@ def right_answers(
     return right
 
 
-def _sample(
-    policy: Policy,
-    questions: Sequence[Question],
-    retriever: Retriever,
-    profile: Profile,
-    writer: VLLMWriter | None,
-    part: Path,
-) -> None:
-    """Write the right ones of `group_size` answers to each question, in the order of the questions."""
-    process, seed = PartialState(), profile.seed * 1_000_003  # as at a run's first step
-    own = questions[process.process_index :: process.num_processes]
-    tried = rollout(policy, own, retriever, profile, group_size=profile.group_size, seed=seed, writer=writer)
+def _sample(sample: Callable[..., list[Trajectory]], questions: Sequence[Question], part: Path) -> None:
+    """Write the right ones of the answers sampled to each question, in the order of the questions."""
+    process = PartialState()
+    tried = sample(questions=questions[process.process_index :: process.num_processes])
     right = [t for t in tried if exact_match(t.policy_text, t.question.golden_answers) and not t.search_failed]
     place = {question.id: number for number, question in enumerate(questions)}
     right = sorted(gather_object(right), key=lambda one: place[one.question.id])
