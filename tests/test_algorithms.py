@@ -44,15 +44,6 @@ def test_gae_by_hand():
     close(returns, torch.tensor([[0.15625, 0.375, 0.0, 0.0, 1.0]]))
 
 
-def test_gae_over_all_tokens_is_the_originals_and_another():
-    """Unmasked, values of retrieved tokens enter: what the mask is for."""
-    values = torch.tensor([[0.5, 0.25, 9.0, 9.0, 0.5]])
-    rewards = torch.tensor([[0.0, 0.0, 0.0, 0.0, 1.0]])
-    advantages, _ = generalised_advantages(rewards, values, torch.ones(1, 5), 0.5, 0.5)
-    # 0.5; 0.25 - 9 + 0.125 = -8.625; 4.5 - 9 - 2.15625 = -6.65625; 4.5 - 0.25 - 1.6640625; 0.125 - 0.5 + 0.646484375
-    close(advantages, torch.tensor([[0.271484375, 2.5859375, -6.65625, -8.625, 0.5]]))
-
-
 def reference_gae(rewards, values, gamma, gae_lambda):
     """From the definition, (15) of arXiv 1506.02438: a discounted sum of errors, each summed anew."""
     steps = len(values)

@@ -19,6 +19,7 @@ from searchr1_lite.types import Question
 
 SHARED = Path(ROOT).parent / "shared/data"
 # written out from Search-R1's scripts/data_process/qa_search_train_merge.py
+TARGET = pa.struct([("target", pa.list_(pa.string()))])
 COLUMNS = pa.schema(
     [
         ("id", pa.string()),
@@ -27,15 +28,11 @@ COLUMNS = pa.schema(
         ("data_source", pa.string()),
         ("prompt", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),
         ("ability", pa.string()),
-        (
-            "reward_model",
-            pa.struct([("style", pa.string()), ("ground_truth", pa.struct([("target", pa.list_(pa.string()))]))]),
-        ),
+        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", TARGET)])),
         ("extra_info", pa.struct([("split", pa.string()), ("index", pa.int64())])),
     ]
 )
-# verl/trainer/main_ppo.py, _select_rm_score_fn
-REWARDED = ["nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle"]
+REWARDED = ["nq", "hotpotqa"]  # among others: verl/trainer/main_ppo.py, _select_rm_score_fn
 PROMPT = (
     "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get new "
     "information. After reasoning, if you find you lack some knowledge, you can call a search engine by <search> query "
@@ -73,11 +70,8 @@ def test_columns_types_and_contents(tmp_path: Path) -> None:
         "extra_info": {"split": "train", "index": 0},
         "metadata": None,
     }
-    assert (last["question"], last["data_source"], last["metadata"]) == (
-        "Which of them?",
-        "hotpotqa",
-        {"type": "bridge"},
-    )
+    assert (last["question"], last["data_source"]) == ("Which of them?", "hotpotqa")
+    assert last["metadata"] == {"type": "bridge"}
     assert last["prompt"][0]["content"] == PROMPT + "Which of them?\n"
     assert last["extra_info"] == {"split": "train", "index": 3}  # the original has 1, as the second NQ question
 

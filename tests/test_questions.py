@@ -139,15 +139,7 @@ def test_a_merged_parquet_keeps_its_sources_apart(tmp_path: Path) -> None:
 def test_a_parquet_is_read_by_columns(tmp_path: Path) -> None:
     """Prompts and HotpotQA's paragraphs are most of the training mix: they are not even decoded."""
     path = write_parquet(tmp_path / "train.parquet", [merged("nq", 0)])
-    columns = {
-        "id",
-        "question",
-        "golden_answers",
-        "data_source",
-        "metadata.type",
-        "extra_info.split",
-        "extra_info.index",
-    }
+    columns = {*module.COLUMNS, "data_source", "metadata.type", "extra_info.split", "extra_info.index"}
     assert set(module._wanted(parquet.read_schema(path), path)) == columns
 
 
@@ -161,7 +153,6 @@ def test_a_parquet_without_a_column(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        ({"golden_answers": [["A"], []]}, "list of at least one answer"),
         ({"golden_answers": [["A"], None]}, "list of at least one answer"),
         ({"golden_answers": [["A"], ["A", None]]}, "must be strings"),
         ({"id": ["a", "a"]}, "the id 'a' is used twice in 'nq'"),
@@ -204,9 +195,7 @@ def test_a_download_that_was_cut_off(tmp_path: Path) -> None:
     hole = len(whole) // 4  # the footer is there, and a part of the data is not
     for damaged in (whole[: len(whole) // 2], whole[:3], b"", whole[:4] + bytes(hole) + whole[4 + hole :]):
         path.write_bytes(damaged)
-        with pytest.raises(
-            QuestionError, match=r"train\.parquet.*the parquet file is cut off or damaged.*fetch it again"
-        ):
+        with pytest.raises(QuestionError, match=r"train\.parquet: the parquet file is cut off .*fetch it again"):
             read_questions(path)
     packed = tmp_path / "q.jsonl.gz"
     packed.write_bytes(gzip.compress("".join(json.dumps(row(str(i))) + "\n" for i in range(500)).encode())[:-200])
@@ -218,8 +207,13 @@ def test_an_empty_or_missing_parquet(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "q.parquet", [row("a")], id=[], question=[], golden_answers=[], metadata=[])
     with pytest.raises(QuestionError, match=r"q\.parquet: the file is empty, it holds no questions"):
         read_questions(path)
-    with pytest.raises(QuestionError, match=r"no questions file at .*nowhere\.parquet"):
-        load_questions("some/nowhere.parquet", "train")
+    for ending in ("parquet", "jsonl"):  # which is no hub name
+        with pytest.raises(QuestionError, match=rf"no questions file at .*nowhere\.{ending}"):
+            load_questions(f"some/nowhere.{ending}", "train")
+    with pytest.raises(
+        QuestionError, match=r"no questions called 'hotpot', .*there are toy, paper, nq, .*, nq_"
+    ):
+        load_questions("hotpot", "train")
 
 
 def test_a_folder_is_split_by_its_files(tmp_path: Path) -> None:
@@ -231,9 +225,8 @@ def test_a_folder_is_split_by_its_files(tmp_path: Path) -> None:
     (folder / "test.jsonl.gz").write_bytes(gzip.compress(json.dumps(row("4")).encode() + b"\n"))
     assert [q.id for q in load_questions(str(folder), "test")] == ["4"]
     assert [q.id for q in load_questions(f"{folder}/+toy", "test")][:2] == ["nq/4", "toy/test-0"]
-    with pytest.raises(
-        QuestionError, match=r"nq: no validation\.jsonl or .*; there is dev\.parquet, test\.jsonl\.gz, train"
-    ):
+    says = r"nq: no validation\.jsonl or .*; there is dev\.parquet, test\.jsonl\.gz, train"
+    with pytest.raises(QuestionError, match=says):
         load_questions(str(folder), "validation")
     write(folder / "test.jsonl", [row("5")])
     with pytest.raises(QuestionError, match=r"both test\.jsonl and test\.jsonl\.gz; keep one"):
@@ -362,24 +355,6 @@ def test_a_missing_set_says_how_to_get_it(root: Path) -> None:
     assert command_in(caught.value) == own
     write(root / "data/cache/sets/own/train.jsonl", [row("1")])  # what the command leaves is found
     assert [q.id for q in load_questions("owner/sets:own", "train")] == ["1"]
-
-
-def test_an_unknown_name() -> None:
-    with pytest.raises(
-        QuestionError, match=r"no questions called 'hotpot', .*there are toy, paper, nq, .*bamboogle, nq_"
-    ):
-        load_questions("hotpot", "train")
-
-
-def test_a_missing_file_is_no_hub_name() -> None:
-    with pytest.raises(QuestionError, match=r"no questions file at .*nowhere\.jsonl"):
-        load_questions("some/nowhere.jsonl", "train")
-
-
-def test_toy_questions() -> None:
-    train, test = load_questions("toy", "train"), load_questions("toy", "test")
-    assert {q.metadata["hops"] for q in train} == {1, 2, 3} == {q.metadata["hops"] for q in test}
-    assert not {q.id for q in train} & {q.id for q in test}
 
 
 def test_real_questions(root: Path) -> None:

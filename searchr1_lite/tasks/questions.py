@@ -220,11 +220,10 @@ def _split_of_file(pairs: list[Named], split: str, path: Path) -> list[Named]:
     if named not in (0, len(pairs)):
         raise QuestionError(f"{path}: {named} of {len(pairs)} rows have metadata.split; all or none must")
     splits = [question.metadata["split"] if named else hash_split(question.id) for _, question in pairs]
-    chosen = [pair for pair, its in zip(pairs, splits, strict=True) if its == split]
+    chosen = [pair for pair, name in zip(pairs, splits, strict=True) if name == split]
     if not chosen:
-        raise QuestionError(
-            f"{path}: no questions in split {split!r}; there are {', '.join(sorted(map(str, set(splits))))}"
-        )
+        names = ", ".join(sorted(map(str, set(splits))))
+        raise QuestionError(f"{path}: no questions in split {split!r}; there are {names}")
     return chosen
 
 
