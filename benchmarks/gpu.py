@@ -35,12 +35,12 @@ from searchr1_lite.files import write_json
 from searchr1_lite.memory import CONTEXT, GB, cache_bytes_per_token, memory_plan, model_shape
 from searchr1_lite.provenance import provenance
 from searchr1_lite.rollout.cuda_graphs import Record, cuda_graph
-from searchr1_lite.rollout.decoding import LocalWriter
+from searchr1_lite.rollout.decoding import LocalSampler
+from searchr1_lite.rollout.dequantize import dequantized_weights
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy, autocast, load_policy, model_to_train
 from searchr1_lite.rollout.protocol import encode_prompt
 from searchr1_lite.rollout.trajectory import Trajectory
-from searchr1_lite.rollout.weights import plain_weights
 from searchr1_lite.training.loop import fit
 from searchr1_lite.training.record import Recorder
 from searchr1_lite.types import Hit, Passage, Question
@@ -177,7 +177,7 @@ def _timed(make: Callable, policy: Policy, rows: int, context: int, kind: str, s
     with torch.no_grad(), torch.autocast(policy.device.type, torch.bfloat16, enabled=on_gpu):
         if kind == "quantized":
             return seconds_of(make(policy, rows, context), sizes.steps, policy.device)
-        with plain_weights(policy.model):
+        with dequantized_weights(policy.model):
             return seconds_of(make(policy, rows, context), sizes.steps, policy.device)
 
 
@@ -191,19 +191,19 @@ def attempt(result: dict[str, Any], what: str, run: Callable[[], Any]) -> Any:
         return None
 
 
-def writer_of(policy: Policy, rows: int, context: int, record: Record | None) -> LocalWriter:
+def writer_of(policy: Policy, rows: int, context: int, record: Record | None) -> LocalSampler:
     """Rows of almost `context` tokens that all write, in a turn that does not end."""
     filler = policy.tokenizer.encode(WORD)[0]
-    writer = LocalWriter(policy, rows, context, temperature=1.0, record=record)
+    sampler = LocalSampler(policy, rows, context, temperature=1.0, record=record)
 
     def pick(logits: torch.Tensor, which: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, logprobs = writer._sample(logits, which)
+        ids, logprobs = sampler._sample(logits, which)
         return torch.full_like(ids, filler), logprobs
 
-    writer.pick = pick
+    sampler.pick = pick
     streams = [np.random.Generator(np.random.Philox(row)) for row in range(rows)]
-    writer.open(list(range(rows)), [filler] * (context - context // 16), streams)
-    return writer
+    sampler.open(list(range(rows)), [filler] * (context - context // 16), streams)
+    return sampler
 
 
 def eager_step(policy: Policy, rows: int, context: int) -> Callable[[], Any]:
@@ -217,10 +217,10 @@ def graph_step(policy: Policy, rows: int, context: int) -> Callable[[], Any]:
 
 
 def forward_step(policy: Policy, rows: int, context: int) -> Callable[[], Any]:
-    """The recorded forward alone: what is left of a step when the writer around it costs nothing."""
-    writer = writer_of(policy, rows, context, recording(policy))
-    writer.advance()
-    return next(iter(writer.recorded.steps.values()))
+    """The recorded forward alone: what is left of a step when the sampler around it costs nothing."""
+    sampler = writer_of(policy, rows, context, recording(policy))
+    sampler.advance()
+    return next(iter(sampler.recorded.steps.values()))
 
 
 def recording(policy: Policy) -> Record:
@@ -260,15 +260,15 @@ class ScriptedRollouts:
         at = np.zeros(rows, dtype=np.int64)
 
         def pick(logits: torch.Tensor, which: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-            ids, logprobs = writer._sample(logits, which)
+            ids, logprobs = sampler._sample(logits, which)
             scripted = [self.scripts[row % 2][at[row]] for row in which]
             at[which] += 1
             return torch.tensor(scripted, device=ids.device), logprobs
 
         capacity = max(profile.group_size, min(profile.rollout_rows, rows))
         record = recording(policy) if profile.cuda_graphs else None
-        writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature, record)
-        options = {"group_size": profile.group_size, "seed": 0, "writer": writer}
+        sampler = LocalSampler(policy, capacity, profile.max_response_tokens, pick, profile.temperature, record)
+        options = {"group_size": profile.group_size, "seed": 0, "sampler": sampler}
         return rollout(policy, self.questions, LongPassages(), profile, **options)
 
     def note(self, phase: str, device: torch.device) -> None:

@@ -48,7 +48,7 @@ Expected = dict[str, list[tuple[str, float]]]
 async def one_client(url: str, queries: list[str], expected: Expected, end: float, seen: dict[str, Any]) -> None:
     """Query after query over one connection, by hand: an HTTP library would take the servers' share of the cores."""
     parts = urlsplit(url)
-    reader = writer = None
+    reader = sampler = None
     turn = 0
     while time.perf_counter() < end:
         query = queries[turn % len(queries)]
@@ -59,15 +59,15 @@ async def one_client(url: str, queries: list[str], expected: Expected, end: floa
         start = time.perf_counter()
         try:
             async with asyncio.timeout(WITHIN):
-                if writer is None:
-                    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-                writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                if sampler is None:
+                    reader, sampler = await asyncio.open_connection(parts.hostname, parts.port)
+                sampler.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
                 status, answer = await read_answer(reader)
         except (OSError, EOFError, TimeoutError, ValueError) as error:
             seen["lost"].append(repr(error))
-            if writer:
-                writer.close()
-            reader = writer = None
+            if sampler:
+                sampler.close()
+            reader = sampler = None
             continue
         seconds = time.perf_counter() - start
         if status != 200:
@@ -76,8 +76,8 @@ async def one_client(url: str, queries: list[str], expected: Expected, end: floa
             seen["wrong"].append(query)
         else:
             seen["seconds"].append(seconds)
-    if writer:
-        writer.close()
+    if sampler:
+        sampler.close()
 
 
 async def read_answer(reader: asyncio.StreamReader) -> tuple[int, bytes]:

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Logits
 from searchr1_lite.config import Profile, load_profile, resolve_path
 from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.retrieval.index import load_retriever
-from searchr1_lite.rollout.decoding import LocalWriter
+from searchr1_lite.rollout.decoding import LocalSampler
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import CLOSING_TAGS, encode_prompt
@@ -136,14 +136,14 @@ def ours(work: Work, seed: int = 0) -> list[Trajectory]:
     at = np.zeros(len(tokens), dtype=np.int64)
 
     def pick(logits: torch.Tensor, rows: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        _, logprobs = writer._sample(logits, rows)
+        _, logprobs = sampler._sample(logits, rows)
         with work.scripting():
             ids = torch.from_numpy(tokens[rows, at[rows]])
             at[rows] += 1
         return ids, logprobs
 
     capacity = max(work.group_size, min(work.profile.rollout_rows, len(tokens)))
-    writer = LocalWriter(work.policy, capacity, work.profile.max_response_tokens, pick)
+    sampler = LocalSampler(work.policy, capacity, work.profile.max_response_tokens, pick)
     return rollout(
         work.policy,
         work.questions,
@@ -151,7 +151,7 @@ def ours(work: Work, seed: int = 0) -> list[Trajectory]:
         work.profile,
         group_size=work.group_size,
         seed=seed,
-        writer=writer,
+        sampler=sampler,
     )
 
 

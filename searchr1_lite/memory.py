@@ -26,7 +26,7 @@ TOGETHER = (
     "lower rollout_rows, micro_batch_tokens and max_context_tokens together, with sampling_weights=quantized and "
     "gradient_checkpointing=true, or take a smaller model"
 )
-SAMPLING = 24  # bytes a logit: 32-bit logits and log-probabilities, two of 64 bits (decoding.LocalWriter._sample)
+SAMPLING = 24  # bytes a logit: 32-bit logits and log-probabilities, two of 64 bits (decoding.LocalSampler._sample)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ def _fixed(profile: Profile, shape: Shape) -> dict[str, float]:
 
 def _encodes(profile: Profile) -> bool:
     """Whether any of the retrievers searches vectors in this process; an index folder is taken to do so."""
-    vectors = ("flat", "hnsw", "ivf-", "faiss:", "index:")
+    vectors = ("flat", "hnsw", "ivf-", "faiss:", "index:", "milvus:")
     return any(part.startswith(vectors) for part in retriever_parts(profile.retriever))
 
 
@@ -128,7 +128,7 @@ def _rollout(profile: Profile, shape: Shape) -> dict[str, float]:
     width, rows = _width(profile), profile.rollout_rows
     entries = -(-(profile.max_context_tokens + 1) // ENTRIES) * ENTRIES
     packed = profile.quantization == "nf4"
-    copied = (packed or width == 4) and profile.sampling_weights == "dequantized"  # rollout/weights.py
+    copied = (packed or width == 4) and profile.sampling_weights == "dequantized"  # rollout/dequantize.py
     # Reading observations: in the MLP the gate and three results on the way up (base, LoRA, sum); in attention keys
     # and values repeated for every query head, which a mask asks for (transformers/integrations/sdpa_attention.py).
     tokens = min(READ_TOKENS, rows * profile.max_context_tokens)

@@ -22,10 +22,10 @@ from searchr1_lite.lab import defects
 from searchr1_lite.lab.defects import broken, train_broken
 from searchr1_lite.lab.profile import BrokenProfile, Defect, load_broken
 from searchr1_lite.rollout import engine
+from searchr1_lite.rollout.dequantize import merged_adapter
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.protocol import INVALID_ACTION, render_observation
 from searchr1_lite.rollout.trajectory import Trajectory
-from searchr1_lite.rollout.weights import merged_adapter
 from searchr1_lite.runfolder import RunFolderError, check_same_run
 from searchr1_lite.training import loop, losses
 from searchr1_lite.training.losses import group_advantages
@@ -316,26 +316,26 @@ def test_the_rollout_shows_cut_observations(tokenizer, retriever, profile):
 
 
 def written(policy, profile, retriever, greedy=False, *names):
-    """Rollouts with these defects, and the writer that made them."""
-    writers = []
+    """Rollouts with these defects, and the sampler that made them."""
+    samplers = []
     with broken(having(*names)), pytest.MonkeyPatch.context() as patch:
-        kind = engine.LocalWriter
+        kind = engine.LocalSampler
 
         class Seen(kind):
             def __init__(self, *arguments):
                 super().__init__(*arguments)
-                writers.append(self)
+                samplers.append(self)
 
-        patch.setattr(engine, "LocalWriter", Seen)
+        patch.setattr(engine, "LocalSampler", Seen)
         found = rollout(policy, QUESTIONS, retriever, profile, group_size=6, greedy=greedy)
-    return found, writers[0]
+    return found, samplers[0]
 
 
 def test_what_follows_the_tag_is_written_and_thrown_away(tokenizer, retriever, profile):
     policy = biased_policy(tokenizer)
     healthy, usual = written(policy, profile, retriever, True)
-    late, writer = written(policy, profile, retriever, True, "no_stop_at_tag")
-    assert isinstance(writer, defects.WriterPastTags) and not isinstance(usual, defects.WriterPastTags)
+    late, sampler = written(policy, profile, retriever, True, "no_stop_at_tag")
+    assert isinstance(sampler, defects.SamplerPastTags) and not isinstance(usual, defects.SamplerPastTags)
     assert [t.completion_ids for t in late] == [t.completion_ids for t in healthy]
     assert [t.turns for t in late] == [t.turns for t in healthy]
     for one, other in zip(late, healthy, strict=True):
@@ -345,13 +345,13 @@ def test_what_follows_the_tag_is_written_and_thrown_away(tokenizer, retriever, p
     turns = [t.completion_ids[start:stop] for t, start, stop in own]
     short = [turn for turn in turns if len(turn) < profile.max_response_tokens and turn[-1] != ends]
     # a turn goes on to the limit, unless an end token comes first
-    assert 0 < writer.thrown_away <= sum(profile.max_response_tokens - len(turn) for turn in short)
+    assert 0 < sampler.thrown_away <= sum(profile.max_response_tokens - len(turn) for turn in short)
 
 
 def test_sampled_turns_end_at_the_tag_all_the_same(tokenizer, retriever, profile):
     policy = biased_policy(tokenizer)
-    late, writer = written(policy, profile, retriever, False, "no_stop_at_tag")
-    assert writer.thrown_away > 0 and any(t.searches for t in late)
+    late, sampler = written(policy, profile, retriever, False, "no_stop_at_tag")
+    assert sampler.thrown_away > 0 and any(t.searches for t in late)
     check_logprobs(policy, late, 1.0)  # what was thrown away has left no trace in the cache
     usual = written(policy, profile, retriever)[0]  # whose later turns have other random numbers
     assert [t.turns[0].text for t in late] == [t.turns[0].text for t in usual]
@@ -366,10 +366,10 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_the_share():
 
 def test_the_tail_is_never_sampled_and_log_probabilities_do_not_know(policy):
     probabilities = torch.tensor([0.02, 0.5, 0.3, 0.16, 0.02])  # the nucleus of 0.95: 0.5 + 0.3 + 0.16
-    writer = defects.NucleusWriter(policy, 1, 20)
-    writer.streams = {0: np.random.default_rng(0)}
+    sampler = defects.NucleusSampler(policy, 1, 20)
+    sampler.streams = {0: np.random.default_rng(0)}
     logits = probabilities.log().expand(1, -1)
-    drawn = [writer._sample(logits, [0]) for _ in range(2000)]
+    drawn = [sampler._sample(logits, [0]) for _ in range(2000)]
     counts = np.bincount([int(token) for token, _ in drawn], minlength=5) / 2000
     assert counts[[0, 4]].sum() == 0
     assert counts[1:4] == pytest.approx(np.array([0.5, 0.3, 0.16]) / 0.96, abs=0.04)
@@ -380,12 +380,12 @@ def test_the_tail_is_never_sampled_and_log_probabilities_do_not_know(policy):
 def test_recorded_log_probabilities_are_the_full_softmaxs(tokenizer, retriever, profile):
     policy = biased_policy(tokenizer)
     hot = profile.model_copy(update={"temperature": 1.3})
-    found, writer = written(policy, hot, retriever, False, "top_p_sampling")
-    assert isinstance(writer, defects.NucleusWriter)
+    found, sampler = written(policy, hot, retriever, False, "top_p_sampling")
+    assert isinstance(sampler, defects.NucleusSampler)
     check_logprobs(policy, found, 1.3)
     assert [t.completion_ids for t in found] != [t.completion_ids for t in written(policy, hot, retriever)[0]]
-    both, writer = written(policy, hot, retriever, False, "top_p_sampling", "no_stop_at_tag")
-    assert writer.thrown_away > 0 and [t.turns[0].text for t in both] == [t.turns[0].text for t in found]
+    both, sampler = written(policy, hot, retriever, False, "top_p_sampling", "no_stop_at_tag")
+    assert sampler.thrown_away > 0 and [t.turns[0].text for t in both] == [t.turns[0].text for t in found]
     check_logprobs(policy, both, 1.3)
 
 
@@ -441,7 +441,7 @@ def test_two_wrong_groupings_at_once_are_refused():
 def in_place() -> dict:
     """What stands where `broken` may change it."""
     places = (loop, "collate"), (loop, "model_to_train"), (losses, "group_advantages")
-    places += (engine, "encode_observation"), (engine, "LocalWriter")
+    places += (engine, "encode_observation"), (engine, "LocalSampler")
     table = {f"losses of {name}": row[1] for name, row in losses.ALGORITHMS.items()}
     return {name: getattr(module, name) for module, name in places} | table
 
@@ -453,8 +453,8 @@ def in_place() -> dict:
         ("colliding_ids", {"group_advantages"}),
         ("kl_sign", {"losses of grpo"}),
         ("ratio_over_retrieved", {"losses of grpo"}),
-        ("no_stop_at_tag", {"LocalWriter"}),
-        ("top_p_sampling", {"LocalWriter"}),
+        ("no_stop_at_tag", {"LocalSampler"}),
+        ("top_p_sampling", {"LocalSampler"}),
         ("truncated_closing_tag", {"encode_observation"}),
         ("bf16_lora", {"model_to_train"}),
         *((name, set()) for name in ("retokenised_text", "mask_by_text", "unmasked_values", "stale_updates")),

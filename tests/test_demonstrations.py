@@ -115,7 +115,7 @@ def answers(monkeypatch):
     """Candidates are made up, right or wrong by chance; what was asked, and how, is in the list."""
     calls = []
 
-    def made_up(policy, questions, retriever, profile, *, group_size, seed, writer):
+    def made_up(policy, questions, retriever, profile, *, group_size, seed, sampler):
         calls.append([[question.id for question in questions], group_size, seed])
         found = tuple(Hit(Passage(str(n), "T", "x"), 1.0) for n in range(2))
         made = []

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from searchr1_lite.config import ConfigError
-from searchr1_lite.rollout.decoding import LocalWriter, Stops, _alike, _Cache
+from searchr1_lite.rollout.decoding import LocalSampler, Stops, _alike, _Cache
 from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.engine import PromptTooLongError, rollout
 from searchr1_lite.rollout.policy import Policy
@@ -261,11 +261,11 @@ def test_equals_the_obvious_implementation(tokenizer, retriever, profile, script
         for question, turns in zip(questions, scripts, strict=True)
     ]
     # Recorded steps have fixed shapes, rows too many and entries too many; here "recorded" is simply run again.
-    recorded = LocalWriter(
+    recorded = LocalSampler(
         policy, profile.rollout_rows, profile.max_response_tokens, likeliest, record=lambda step: step
     )
-    for writer in (None, recorded):
-        answered = rollout(policy, questions, retriever, profile, greedy=True, writer=writer)
+    for sampler in (None, recorded):
+        answered = rollout(policy, questions, retriever, profile, greedy=True, sampler=sampler)
         for got, wanted in zip(answered, expected, strict=True):
             assert got.logprobs == pytest.approx(wanted.logprobs, abs=1e-5)
             assert dataclasses.replace(got, logprobs=wanted.logprobs) == wanted
@@ -576,8 +576,8 @@ def test_few_steps_are_recorded_and_repeated(tokenizer, retriever, profile):
         return lambda: repeated.append(step) or step()
 
     profile = profile.model_copy(update={"max_response_tokens": 40})
-    writer = LocalWriter(policy, 12, 40, record=record)
-    trajectories = rollout(policy, QUESTIONS, retriever, profile, group_size=3, seed=4, writer=writer)
+    sampler = LocalSampler(policy, 12, 40, record=record)
+    trajectories = rollout(policy, QUESTIONS, retriever, profile, group_size=3, seed=4, sampler=sampler)
     plain = rollout(policy, QUESTIONS, retriever, profile, group_size=3, seed=4)
     assert [one.completion_ids for one in trajectories] == [one.completion_ids for one in plain]
     assert len(repeated) >= max(one.response_length for one in trajectories) - 5

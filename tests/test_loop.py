@@ -12,17 +12,17 @@ from conftest import make_model
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_weights import IDS, adapted, plain_layers
+from test_dequantize import IDS, adapted, plain_layers
 
 from searchr1_lite.config import ConfigError, load_profile
 from searchr1_lite.evaluation.rollout_metrics import rollout_metrics
 from searchr1_lite.preflight import MemoryFullError, check_settings
 from searchr1_lite.rollout import steps
+from searchr1_lite.rollout.dequantize import merged_adapter
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy, load_policy, model_to_train
 from searchr1_lite.rollout.steps import Rollouts
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
-from searchr1_lite.rollout.weights import merged_adapter
 from searchr1_lite.tasks.questions import held_out, question_order
 from searchr1_lite.training import loop, rewards
 from searchr1_lite.training import score as score_module
@@ -551,7 +551,7 @@ def test_a_step_counts_searches_that_failed_and_those_answered_from_memory(polic
 def test_a_step_asks_its_own_questions_with_its_own_random_numbers(policy, tmp_path, monkeypatch, retriever):
     calls = []
 
-    def noted(policy, questions, retriever, profile, *, group_size, seed, writer):
+    def noted(policy, questions, retriever, profile, *, group_size, seed, sampler):
         calls.append(([question.id for question in questions], group_size, seed, torch.rand(1).item()))
         return []
 

@@ -21,8 +21,8 @@ from searchr1_lite import memory
 from searchr1_lite.config import PROFILES, ROOT, ConfigError, load_profile
 from searchr1_lite.memory import check_memory, memory_plan, model_shape, nf4_bytes
 from searchr1_lite.rollout import decoding
+from searchr1_lite.rollout.dequantize import dequantized_weights
 from searchr1_lite.rollout.policy import Policy, load_policy
-from searchr1_lite.rollout.weights import plain_weights
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from memory import CARDS, model_config, predicted  # benchmarks/memory.py
@@ -161,15 +161,15 @@ def test_the_peak_of_a_rollout(small, autocast, monkeypatch, tokenizer, sampling
     settings = {"max_prompt_tokens": 460, "max_response_tokens": 32, "max_observation_tokens": 32}
     profile = small(sampling_weights=sampling, rollout_rows=16, max_context_tokens=500, **settings)
     policy = Policy(with_adapter(profile).eval(), tokenizer, torch.device("cpu"), "nf4")
-    weights = plain_weights(policy.model) if sampling == "dequantized" else nullcontext()
+    weights = dequantized_weights(policy.model) if sampling == "dequantized" else nullcontext()
     with Living(policy.model) as living, torch.no_grad(), autocast(profile), weights:
-        writer = decoding.LocalWriter(policy, 16, max_tokens=2)
-        writer.open(range(16), [5] * 450, [np.random.default_rng(row) for row in range(16)])
-        while not (ended := writer.advance()):
+        sampler = decoding.LocalSampler(policy, 16, max_tokens=2)
+        sampler.open(range(16), [5] * 450, [np.random.default_rng(row) for row in range(16)])
+        while not (ended := sampler.advance()):
             pass
         for row, *_ in ended:
-            writer.read(row, [5] * 32)
-        writer.advance()
+            sampler.read(row, [5] * 32)
+        sampler.advance()
     assert sum(memory_plan(profile).rollout.values()) == pytest.approx(living.peak, rel=0.15)
 
 

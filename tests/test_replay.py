@@ -38,10 +38,10 @@ NO_MODEL = SimpleNamespace(
 )
 
 
-class ScriptedWriter:
+class ScriptedSampler:
     """Writes given turns, row by row, in place of a model."""
 
-    patience = 1
+    search_delay_steps = 1
 
     def __init__(self, scripts: list[list[list[int]]], end: int) -> None:
         self.turns = [iter(script) for script in scripts]
@@ -49,7 +49,7 @@ class ScriptedWriter:
         self.next: list[int] = []
 
     @property
-    def writing(self) -> int:
+    def active(self) -> int:
         return len(self.next)
 
     def open(self, rows, prompt, streams) -> None:
@@ -134,7 +134,7 @@ def replay(rows: list[dict], corpus: dict, tokenizer, chat_template: bool) -> li
             if observation.startswith("\n\n<information>"):
                 found[parse_action(text).content] = passages_of(observation, corpus)
     policy = Policy(NO_MODEL, tokenizer, torch.device("cpu"))
-    writer = ScriptedWriter(scripts, tokenizer.eos_token_id)
+    sampler = ScriptedSampler(scripts, tokenizer.eos_token_id)
     profile = load_profile(
         "tiny",
         chat_template=chat_template,
@@ -145,7 +145,7 @@ def replay(rows: list[dict], corpus: dict, tokenizer, chat_template: bool) -> li
         max_context_tokens=10**6,
     )
     questions = [Question(row["id"], row["question"], tuple(row["golden_answers"])) for row in rows]
-    return rollout(policy, questions, RecordedRetriever(found), profile, writer=writer)
+    return rollout(policy, questions, RecordedRetriever(found), profile, sampler=sampler)
 
 
 def difference(ours: Trajectory, row: dict) -> str:

@@ -18,7 +18,12 @@ from searchr1_lite.config import ROOT, load_profile, profile_names
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OPTIONAL, *DEV = EXTRAS["dev"]  # whoever develops has what is optional to others
-CHOSEN = [Requirement(line) for line in PROJECT["dependencies"] + EXTRAS["service"] + EXTRAS["documents"] + DEV]
+LINES = [
+    *PROJECT["dependencies"],
+    *(line for name in ("service", "milvus", "documents") for line in EXTRAS[name]),
+    *DEV,
+]
+CHOSEN = [Requirement(line) for line in LINES]
 
 
 def constraints() -> dict[str, str]:
@@ -36,7 +41,7 @@ def test_every_chosen_version_is_exact_and_that_of_the_constraints():
 
 
 def test_developers_have_the_extras():
-    assert OPTIONAL == "searchr1_lite[service,documents]"
+    assert OPTIONAL == "searchr1_lite[service,documents,milvus]"
 
 
 @pytest.mark.parametrize("module", ["training.loop", "retrieval.index"])
@@ -44,7 +49,8 @@ def test_extras_are_imported_by_nothing_else(module):
     """A run without a service needs neither FastAPI nor an HTTP client of ours, and BM25 no FAISS."""
     code = f"import sys, searchr1_lite.{module}; print(*sorted(set(sys.modules) & set(sys.argv[1:])))"
     optional = ["fastapi", "uvicorn", "prometheus_client", "semchunk", "trafilatura"]
-    optional += [f"searchr1_lite.retrieval.{name}" for name in ("server", "remote", "online", "documents", "rerank")]
+    names = ("server", "remote", "online", "documents", "rerank", "milvus")
+    optional += [f"searchr1_lite.retrieval.{name}" for name in names]
     optional += ["faiss"] if module == "retrieval.index" else []
     found = subprocess.run([sys.executable, "-c", code, *optional], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""

@@ -1,4 +1,4 @@
-"""The vLLM backend: one contract for every writer, whole rollouts, adapters, and servers that fail.
+"""The vLLM backend: one contract for every sampler, whole rollouts, adapters, and servers that fail.
 
 A stub that speaks vLLM's endpoints is tested everywhere; a real `vllm serve` where vLLM and a GPU are there.
 """
@@ -24,11 +24,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
 from searchr1_lite.rollout import vllm
-from searchr1_lite.rollout.decoding import LocalWriter
+from searchr1_lite.rollout.decoding import LocalSampler
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import INVALID_ACTION, encode_observation, render_observation
-from searchr1_lite.rollout.vllm import VLLMError, VLLMWriter
+from searchr1_lite.rollout.vllm import VLLMError, VLLMSampler
 from searchr1_lite.training import loop, rewards
 from searchr1_lite.training.score import score
 from searchr1_lite.types import Question
@@ -234,20 +234,20 @@ def real_server(policy, tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(params=["local", "stub", "vllm"])
-def make_writer(request, policy, profile):
-    """Makes a writer for (greedy or not), and how near its log-probabilities come to a plain 32-bit forward."""
+def make_sampler(request, policy, profile):
+    """Makes a sampler for (greedy or not), and how near its log-probabilities come to a plain 32-bit forward."""
     if request.param == "local":
 
         def make(greedy: bool = False):
             from searchr1_lite.rollout.decoding import greedy as likeliest
 
-            return LocalWriter(policy, 8, MAX_TOKENS, likeliest if greedy else None, TEMPERATURE)
+            return LocalSampler(policy, 8, MAX_TOKENS, likeliest if greedy else None, TEMPERATURE)
 
         return SimpleNamespace(make=make, near=1e-4)
     server = request.getfixturevalue({"stub": "stub", "vllm": "real_server"}[request.param])
     served = profile.model_copy(update={"vllm_url": server.url})
     return SimpleNamespace(
-        make=lambda greedy=False: VLLMWriter(policy, served, greedy), near=0.15 if request.param == "vllm" else 1e-4
+        make=lambda greedy=False: VLLMSampler(policy, served, greedy), near=0.15 if request.param == "vllm" else 1e-4
     )
 
 
@@ -256,22 +256,22 @@ def prompts(tokenizer) -> list[list[int]]:
 
 
 @torch.no_grad()
-def work(writer, groups: list[tuple[list[int], list[int]]], observation: list[int], turns: int = 3, seed: int = 0):
+def work(sampler, groups: list[tuple[list[int], list[int]]], observation: list[int], turns: int = 3, seed: int = 0):
     """Every row writes `turns` turns with an observation between them; what each row wrote, turn by turn."""
     said = {row: [] for rows, _ in groups for row in rows}
     for rows, prompt in groups:
-        writer.open(rows, prompt, [np.random.default_rng([seed, row]) for row in rows])
-    assert len(said) <= writer.capacity
+        sampler.open(rows, prompt, [np.random.default_rng([seed, row]) for row in rows])
+    assert len(said) <= sampler.capacity
     late = time.monotonic() + 120
     while any(len(turn) < turns for turn in said.values()):
         assert time.monotonic() < late
-        for row, ids, logprobs in writer.advance():
+        for row, ids, logprobs in sampler.advance():
             said[row].append((ids, logprobs))
             if len(said[row]) == turns:
-                writer.close(row)
+                sampler.close(row)
             else:
-                writer.read(row, observation)
-    assert writer.writing == 0
+                sampler.read(row, observation)
+    assert sampler.active == 0
     return said
 
 
@@ -287,10 +287,10 @@ def logprobs_at(policy, prompt: list[int], ids: list[int], temperature: float) -
 
 
 @pytest.mark.parametrize("greedy", [False, True])
-def test_every_writer_writes_turns_of_its_own_history(make_writer, policy, tokenizer, greedy):
+def test_every_sampler_writes_turns_of_its_own_history(make_sampler, policy, tokenizer, greedy):
     first, second = prompts(tokenizer)
     observation = tokenizer.encode("\n\n<information>nothing</information>\n\n")
-    said = work(make_writer.make(greedy), [([7, 3, 5, 0], first), ([11, 2, 4], second)], observation, turns=6)
+    said = work(make_sampler.make(greedy), [([7, 3, 5, 0], first), ([11, 2, 4], second)], observation, turns=6)
     endings = set()
     for row, turns in said.items():
         history = list(first if row in (7, 3, 5, 0) else second)
@@ -299,19 +299,19 @@ def test_every_writer_writes_turns_of_its_own_history(make_writer, policy, token
             assert not any(ended(tokenizer, ids[:n]) for n in range(1, len(ids)))
             assert ended(tokenizer, ids) or len(ids) == MAX_TOKENS
             expected = logprobs_at(policy, history, ids, 1.0 if greedy else TEMPERATURE)
-            assert logprobs == pytest.approx(expected, abs=make_writer.near)
+            assert logprobs == pytest.approx(expected, abs=make_sampler.near)
             endings.add("none" if not ended(tokenizer, ids) else tokenizer.decode(ids[-1:]))
             history += ids + observation
     assert greedy or endings >= {"none", ">", ">\n\n", "<|im_end|>"}  # otherwise this model tests little
 
 
-def test_a_row_writes_the_same_whatever_is_beside_it(make_writer, tokenizer):
+def test_a_row_writes_the_same_whatever_is_beside_it(make_sampler, tokenizer):
     first, second = prompts(tokenizer)
-    writer = make_writer.make()
-    together = work(writer, [([0, 1, 2], first), ([3, 4], second)], first)
-    alone = work(writer, [([4], second)], first)  # the same writer: closed rows have left nothing behind
-    other = work(writer, [([0, 1, 2], first)], first, seed=1)
-    if make_writer.near < 0.1:  # in bfloat16, rounding differs with the batch, and so may a token
+    sampler = make_sampler.make()
+    together = work(sampler, [([0, 1, 2], first), ([3, 4], second)], first)
+    alone = work(sampler, [([4], second)], first)  # the same sampler: closed rows have left nothing behind
+    other = work(sampler, [([0, 1, 2], first)], first, seed=1)
+    if make_sampler.near < 0.1:  # in bfloat16, rounding differs with the batch, and so may a token
         assert [ids for ids, _ in alone[4]] == [ids for ids, _ in together[4]]
     assert len({str(together[row][0]) for row in (0, 1, 2)}) > 1  # rows that share a prompt differ
     assert other[0] != together[0]
@@ -348,8 +348,8 @@ def test_a_whole_rollout(stub, policy, profile, retriever):
     profile = served(profile, stub)
     runs = []
     for rows, seed in ((8, 5), (3, 5), (8, 6)):
-        writer = VLLMWriter(policy, profile.model_copy(update={"rollout_rows": rows}))
-        runs.append(rollout(policy, QUESTIONS, retriever, profile, group_size=3, seed=seed, writer=writer))
+        sampler = VLLMSampler(policy, profile.model_copy(update={"rollout_rows": rows}))
+        runs.append(rollout(policy, QUESTIONS, retriever, profile, group_size=3, seed=seed, sampler=sampler))
     assert [t.question.id for t in runs[0]] == ["q0"] * 3 + ["q1"] * 3 + ["q2"] * 3
     assert runs[0] == runs[1] != runs[2]  # a row's own stream decides, not how many rows are written together
     check_trajectories(policy, profile, runs[0], TEMPERATURE)
@@ -359,8 +359,8 @@ def test_a_whole_rollout(stub, policy, profile, retriever):
 
 def test_greedily_it_is_what_our_own_engine_writes(stub, policy, profile, retriever):
     profile = served(profile, stub)
-    writer = VLLMWriter(policy, profile, greedy=True)
-    remote = rollout(policy, QUESTIONS, retriever, profile, greedy=True, writer=writer)
+    sampler = VLLMSampler(policy, profile, greedy=True)
+    remote = rollout(policy, QUESTIONS, retriever, profile, greedy=True, sampler=sampler)
     local = rollout(policy, QUESTIONS, retriever, profile, greedy=True)
     for one, other in zip(remote, local, strict=True):
         assert (one.completion_ids, one.loss_mask, one.turns) == (other.completion_ids, other.loss_mask, other.turns)
@@ -368,9 +368,9 @@ def test_greedily_it_is_what_our_own_engine_writes(stub, policy, profile, retrie
 
 
 def test_a_request_leaves_nothing_to_the_servers_defaults(stub, policy, profile, tokenizer):
-    writer = VLLMWriter(policy, served(profile, stub))
+    sampler = VLLMSampler(policy, served(profile, stub))
     prompt = prompts(tokenizer)[0]
-    said = work(writer, [([0], prompt)], [100], turns=2)
+    said = work(sampler, [([0], prompt)], [100], turns=2)
     seeds = np.random.default_rng([0, 0])
     sent = [body for path, body in stub.asked if path == "/v1/completions"][1:]  # the first is the check at the start
     assert [body["prompt"] for body in sent] == [prompt, prompt + said[0][0][0] + [100]]
@@ -384,9 +384,9 @@ def test_a_request_leaves_nothing_to_the_servers_defaults(stub, policy, profile,
 
 
 def test_what_comes_after_the_end_of_a_turn_is_not_part_of_it(stub, policy, profile, tokenizer):
-    plain = work(VLLMWriter(policy, served(profile, stub)), [([0, 1, 2], prompts(tokenizer)[0])], [100])
+    plain = work(VLLMSampler(policy, served(profile, stub)), [([0, 1, 2], prompts(tokenizer)[0])], [100])
     stub.surplus = [100]  # a server that samples ahead; a tag that ends inside a token stays whole all the same
-    assert work(VLLMWriter(policy, served(profile, stub)), [([0, 1, 2], prompts(tokenizer)[0])], [100]) == plain
+    assert work(VLLMSampler(policy, served(profile, stub)), [([0, 1, 2], prompts(tokenizer)[0])], [100]) == plain
 
 
 def lora(policy, seed: int) -> PeftModel:
@@ -399,13 +399,13 @@ def lora(policy, seed: int) -> PeftModel:
 
 
 def test_each_version_of_the_adapter_is_its_own_model(stub, policy, profile, tokenizer, tmp_path):
-    writer, prompt = VLLMWriter(policy, served(profile, stub)), prompts(tokenizer)[0]
+    sampler, prompt = VLLMSampler(policy, served(profile, stub)), prompts(tokenizer)[0]
     names, written = [], []
     for step in (0, 1, 1):  # a run that goes on makes a step again
         model = lora(policy, len(names))
-        writer.load_adapter(model, tmp_path / "adapters", step)
-        names.append(writer.model)
-        (turn,) = work(writer, [([0], prompt)], [], turns=1)[0]
+        sampler.load_adapter(model, tmp_path / "adapters", step)
+        names.append(sampler.model)
+        (turn,) = work(sampler, [([0], prompt)], [], turns=1)[0]
         assert turn[1] == pytest.approx(
             logprobs_at(Policy(model, tokenizer, policy.device), prompt, turn[0], TEMPERATURE), abs=1e-4
         )
@@ -425,19 +425,19 @@ def test_each_version_of_the_adapter_is_its_own_model(stub, policy, profile, tok
 
 
 def test_an_adapter_that_the_server_has_dropped_itself_is_no_error(stub, policy, profile, tmp_path):
-    writer = VLLMWriter(policy, served(profile, stub))
-    writer.load_adapter(lora(policy, 0), tmp_path, 0)
+    sampler = VLLMSampler(policy, served(profile, stub))
+    sampler.load_adapter(lora(policy, 0), tmp_path, 0)
     stub.fault = lambda path, body: (500, "Failed to remove lora adapter") if "unload" in path else None
-    writer.load_adapter(lora(policy, 1), tmp_path, 1)
-    assert writer.model.startswith("step-1-") and len(list(tmp_path.iterdir())) == 1
+    sampler.load_adapter(lora(policy, 1), tmp_path, 1)
+    assert sampler.model.startswith("step-1-") and len(list(tmp_path.iterdir())) == 1
 
 
 def test_adapters_that_the_server_refuses(stub, policy, profile, tmp_path):
-    writer = VLLMWriter(policy, served(profile, stub))
+    sampler = VLLMSampler(policy, served(profile, stub))
     stub.fault = lambda path, body: (404, "Not Found")
     with pytest.raises(VLLMError, match=rf"{stub.url}/v1/load_lora_adapter .*step-0.*HTTP 404.*docstring|top of"):
-        writer.load_adapter(lora(policy, 0), tmp_path, 0)
-    assert writer.model == "stub/base"
+        sampler.load_adapter(lora(policy, 0), tmp_path, 0)
+    assert sampler.model == "stub/base"
 
 
 @pytest.mark.parametrize(
@@ -452,20 +452,20 @@ def test_adapters_that_the_server_refuses(stub, policy, profile, tmp_path):
 )
 def test_a_server_that_does_not_fit_is_refused_at_the_start(stub, policy, profile, settings, says):
     with pytest.raises(VLLMError, match=says):
-        VLLMWriter(policy, served(profile, stub, **settings))
+        VLLMSampler(policy, served(profile, stub, **settings))
 
 
 @pytest.mark.parametrize("text", ["<html>", "[]", "{}", '{"data": [{"id": "stub/base"}]}'])
 def test_what_is_no_vllm_server_is_refused(stub, policy, profile, text):
     stub.fault = lambda path, body: (200, text)
     with pytest.raises(VLLMError, match=r"/v1/models: this is no vLLM server.*set vllm_url"):
-        VLLMWriter(policy, served(profile, stub))
+        VLLMSampler(policy, served(profile, stub))
 
 
 def test_log_probabilities_of_another_distribution_are_refused(stub, policy, profile):
     stub.logprobs_mode = "raw_logprobs"
     with pytest.raises(VLLMError, match="--logprobs-mode processed_logprobs"):
-        VLLMWriter(policy, served(profile, stub))
+        VLLMSampler(policy, served(profile, stub))
 
 
 def change(**changes):
@@ -491,10 +491,10 @@ def change(**changes):
 )
 def test_an_answer_that_cannot_be_trained_on_is_one_clear_error(stub, policy, profile, retriever, spoil, says):
     profile = served(profile, stub)
-    writer = VLLMWriter(policy, profile)
+    sampler = VLLMSampler(policy, profile)
     stub.spoil = spoil
     with pytest.raises(VLLMError, match=says) as caught:
-        rollout(policy, QUESTIONS, retriever, profile, group_size=2, writer=writer)
+        rollout(policy, QUESTIONS, retriever, profile, group_size=2, sampler=sampler)
     message = str(caught.value)
     assert message.startswith(f"{stub.url}/v1/completions {{'model': 'stub/base', 'seed': ") and "tokens" in message
 
@@ -511,12 +511,12 @@ def test_an_answer_that_cannot_be_trained_on_is_one_clear_error(stub, policy, pr
 )
 def test_a_server_that_fails_midway(stub, policy, profile, retriever, monkeypatch, fault, says, tries):
     profile = served(profile, stub)
-    writer = VLLMWriter(policy, profile)
+    sampler = VLLMSampler(policy, profile)
     stub.asked.clear()
     monkeypatch.setattr(vllm, "SECONDS", 0.2)
     stub.fault = lambda path, body: fault if len(body["prompt"]) > 135 else None  # the prompt alone has 127
     with pytest.raises(VLLMError, match=says) as caught:
-        rollout(policy, QUESTIONS[:1], retriever, profile, seed=1, writer=writer)
+        rollout(policy, QUESTIONS[:1], retriever, profile, seed=1, sampler=sampler)
     assert str(caught.value).startswith(f"{stub.url}/v1/completions {{") and "prompt tokens" in str(caught.value)
     assert "start the run again" in str(caught.value)
     assert len([body for _, body in stub.asked if len(body["prompt"]) > 135]) == tries
@@ -524,7 +524,7 @@ def test_a_server_that_fails_midway(stub, policy, profile, retriever, monkeypatc
 
 def test_a_server_that_is_busy_for_a_moment_is_asked_again(stub, policy, profile, retriever):
     profile = served(profile, stub)
-    expected = rollout(policy, QUESTIONS, retriever, profile, writer=VLLMWriter(policy, profile))
+    expected = rollout(policy, QUESTIONS, retriever, profile, sampler=VLLMSampler(policy, profile))
     before, faults = Counter(), [(503, "busy"), "die", None]
 
     def fault(path, body):
@@ -532,20 +532,22 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(stub, policy, profile
         return faults[before[str(body)] - 1]
 
     stub.fault = fault
-    assert rollout(policy, QUESTIONS, retriever, profile, writer=VLLMWriter(policy, profile)) == expected
+    assert rollout(policy, QUESTIONS, retriever, profile, sampler=VLLMSampler(policy, profile)) == expected
     assert len(before) > 4 and set(before.values()) == {3}
 
 
 def test_one_row_is_one_request_and_they_run_together(stub, policy, profile, tokenizer):
     profile = served(profile, stub)
-    writer, together = VLLMWriter(policy, profile), threading.Barrier(8, timeout=5)
+    sampler, together = VLLMSampler(policy, profile), threading.Barrier(8, timeout=5)
     stub.fault = lambda path, body: together.wait() and None  # nobody is answered until all eight have asked
-    work(writer, [(list(range(8)), prompts(tokenizer)[0])], [], turns=1)
+    work(sampler, [(list(range(8)), prompts(tokenizer)[0])], [], turns=1)
 
 
 def test_a_group_always_fits(stub, policy, profile, retriever):
     profile = served(profile, stub, rollout_rows=1, group_size=3)
-    trajectories = rollout(policy, QUESTIONS[:1], retriever, profile, group_size=3, writer=VLLMWriter(policy, profile))
+    trajectories = rollout(
+        policy, QUESTIONS[:1], retriever, profile, group_size=3, sampler=VLLMSampler(policy, profile)
+    )
     assert len(trajectories) == 3
 
 

@@ -24,7 +24,7 @@ from searchr1_lite.evaluation.strategies import STRATEGIES, answer
 from searchr1_lite.printable import printable
 from searchr1_lite.retrieval.index import load_retriever
 from searchr1_lite.rollout.cuda_graphs import cuda_graph
-from searchr1_lite.rollout.decoding import LocalWriter, decode
+from searchr1_lite.rollout.decoding import LocalSampler, decode
 from searchr1_lite.rollout.decoding import greedy as likeliest
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy
@@ -73,13 +73,13 @@ def ask(
             for turn in made.turns:
                 show(f"{turn.text.strip()}\n" if turn.text else turn.observation, MODEL if turn.text else ENVIRONMENT)
         else:
-            writer = ShowingWriter(policy, profile, not sampled, show)
-            (made,) = rollout(policy, [asked], retriever, profile, greedy=not sampled, seed=seed, writer=writer)
+            sampler = ShowingSampler(policy, profile, not sampled, show)
+            (made,) = rollout(policy, [asked], retriever, profile, greedy=not sampled, seed=seed, sampler=sampler)
     show(_last_line(made, time.monotonic() - began), END)
     return made
 
 
-class ShowingWriter(LocalWriter):
+class ShowingSampler(LocalSampler):
     """Writes one trajectory and shows each piece: what it has written of a turn, and what it reads after it.
 
     A character whose bytes are not all there yet waits for the rest, or for the end of the turn.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from searchr1_lite.config import Profile
 from searchr1_lite.retrieval.batching import Batcher
+from searchr1_lite.rollout.dequantize import dequantized_weights
 from searchr1_lite.rollout.engine import context_limit, rollout
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import (
@@ -27,8 +28,7 @@ from searchr1_lite.rollout.protocol import (
     render_observation,
     render_passages,
 )
-from searchr1_lite.rollout.trajectory import OfTurns, Trajectory, Turn
-from searchr1_lite.rollout.weights import plain_weights
+from searchr1_lite.rollout.trajectory import HasTurns, Trajectory, Turn
 from searchr1_lite.tasks.answers import last_answer
 from searchr1_lite.types import Hit, QueryRefusedError, Question, Retriever
 
@@ -143,7 +143,7 @@ def first_sentence(text: str) -> str:
 
 
 @dataclass(slots=True)
-class Attempt(OfTurns):
+class Attempt(HasTurns):
     """A question worked through in several texts: what `Trajectory` is for one. A turn is a search or a text.
 
     `calls` are the texts with their tokens.
@@ -184,7 +184,7 @@ def answer(
     attempts = [Attempt(question) for question in questions]
     waiting, ready = iter(attempts), 0
     # once for all texts, where each would do it for itself
-    weights = plain_weights(policy.model) if profile.sampling_weights == "dequantized" else nullcontext()
+    weights = dequantized_weights(policy.model) if profile.sampling_weights == "dequantized" else nullcontext()
     with weights, Batcher(retriever) as searches:
         work = _Work(policy, profile, searches, greedy, seed)
         wanted: list[_Wanted] = []

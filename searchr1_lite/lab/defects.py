@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from searchr1_lite.config import resolve_path
 from searchr1_lite.lab.profile import BrokenProfile
 from searchr1_lite.rollout import engine
-from searchr1_lite.rollout.decoding import LocalWriter, Stops, decode
+from searchr1_lite.rollout.decoding import LocalSampler, Stops, decode
 from searchr1_lite.rollout.policy import Policy, model_to_train
 from searchr1_lite.rollout.trajectory import Trajectory
 from searchr1_lite.training import loop, losses
@@ -48,10 +48,10 @@ def broken(profile: BrokenProfile, tokenizer: Any = None) -> Iterator[None]:
 
     Defects of ids and masks need the model's tokenizer; where none is given, the profile's is loaded.
     """
-    writers = tuple(WRITERS[name] for name in WRITERS if name in profile.defects)
+    samplers = tuple(SAMPLERS[name] for name in SAMPLERS if name in profile.defects)
     changes = [(loop, "collate", partial(wrong_batch, profile, tokenizer))]
     changes += [WRONG[name] for name in profile.defects if name in WRONG]
-    changes += [(engine, "LocalWriter", type("FaultyWriter", writers, {}))] if writers else []
+    changes += [(engine, "LocalSampler", type("FaultySampler", samplers, {}))] if samplers else []
     with ExitStack() as stack:
         for module, name, wrong in changes:
             stack.enter_context(patch.object(module, name, wrong))
@@ -189,7 +189,7 @@ def truncated_observation(tokenizer: Any, text: str, max_tokens: int) -> list[in
     return tokenizer.encode(text, add_special_tokens=False, verbose=False)[:max_tokens]
 
 
-class WriterPastTags(LocalWriter):
+class SamplerPastTags(LocalSampler):
     """no_stop_at_tag: a turn is written to its end token or its limit, and what follows the tag is thrown away.
 
     So have Search-R1's scripts vLLM sample (no `stop`). The cut is made between the sampled tokens, so this costs time
@@ -214,7 +214,7 @@ class WriterPastTags(LocalWriter):
         return ended
 
 
-class NucleusWriter(LocalWriter):
+class NucleusSampler(LocalSampler):
     """top_p_sampling: tokens come from the nucleus of TOP_P, log-probabilities are the full softmax's all the same.
 
     Search-R1's GRPO scripts, with verl/trainer/config/ppo_trainer.yaml.
@@ -236,7 +236,7 @@ def in_nucleus(logprobs: Tensor, share: float = TOP_P) -> Tensor:
     return torch.zeros_like(logprobs, dtype=torch.bool).scatter(-1, order, before < share)
 
 
-WRITERS = {"no_stop_at_tag": WriterPastTags, "top_p_sampling": NucleusWriter}
+SAMPLERS = {"no_stop_at_tag": SamplerPastTags, "top_p_sampling": NucleusSampler}
 WRONG = {  # where the right function is, its name, and the wrong one
     "groups_of_one": (losses, "group_advantages", groups_of_one),
     "colliding_ids": (losses, "group_advantages", colliding_ids),

@@ -67,7 +67,7 @@ def write_passages(passages: Iterable[Passage], file: Path) -> None:
     """One Arrow file, written as the passages come; CorpusError where there are none or an id comes twice."""
     seen: set[str] = set()
     with pa.OSFile(str(file), "wb") as out, pa.ipc.new_file(out, SCHEMA) as writer:
-        for rows in _in_shards(passages, 10_000):
+        for rows in in_shards(passages, 10_000):
             for row in rows:
                 if row.id in seen:
                     raise CorpusError(f"passage {len(seen) + 1:,} of the corpus has the id {row.id!r}, used before")
@@ -78,7 +78,7 @@ def write_passages(passages: Iterable[Passage], file: Path) -> None:
         raise CorpusError("nothing to index: no passages")
 
 
-def _in_shards(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
+def in_shards(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
     shard = []
     for passage in passages:
         shard.append(passage)

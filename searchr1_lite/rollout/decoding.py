@@ -23,15 +23,17 @@ READ_ENTRIES = 2**16  # and entries that it sees, rows times the longest: keys a
 ENTRIES = 256  # the cache grows by as many at a time
 
 
-class LocalWriter:
-    """Writes with the policy's own model; see `engine.Writer`, whose methods these are.
+class LocalSampler:
+    """Writes with the policy's own model; see `engine.TokenSampler`, whose methods these are.
 
     `pick(logits, rows)` chooses the tokens: logits (n, vocabulary) in 32 bits, of these rows; it returns ids (n,) and
     their log-probabilities (n,). Without it they are sampled, each row from its own stream of random numbers, from
     the full softmax at `temperature`. `record`, see `Recorded` in cuda_graphs.py, is `cuda_graph` or nothing.
     """
 
-    patience = 4  # steps between an observation's search and its reading; rows that ask about then are read together
+    search_delay_steps = (
+        4  # steps between an observation's search and its reading; rows that ask about then are read together
+    )
 
     def __init__(
         self,
@@ -48,7 +50,7 @@ class LocalWriter:
         self.cache = _Cache(capacity)
         self.recorded = Recorded(policy, self.cache, record, ENTRIES, _read) if record else None
         self.slots: list[int | None] = [None] * capacity  # the row in each slot
-        self.active = 0  # rows that write; they are in the first slots
+        self.decoding = 0  # rows that write; they are in the first slots
         self.lengths = np.zeros(capacity, dtype=np.int64)  # tokens read, by slot
         self.logits: torch.Tensor | None = None  # (writing, vocabulary), for the next token
         self.streams: dict[int, np.random.Generator] = {}
@@ -57,8 +59,8 @@ class LocalWriter:
         self.chunks: dict[int, list[int]] = {}  # what else is to be read
 
     @property
-    def writing(self) -> int:
-        return self.active + len(self.chunks) + sum(len(rows) for rows, _ in self.prompts)
+    def active(self) -> int:
+        return self.decoding + len(self.chunks) + sum(len(rows) for rows, _ in self.prompts)
 
     def open(self, rows: Sequence[int], prompt: Sequence[int], streams: Sequence[np.random.Generator]) -> None:
         for row, stream in zip(rows, streams, strict=True):
@@ -76,11 +78,11 @@ class LocalWriter:
 
     def advance(self) -> list[tuple[int, list[int], list[float]]]:
         self._read_what_waits()
-        if not self.active:
+        if not self.decoding:
             return []
-        rows = self.slots[: self.active]
+        rows = self.slots[: self.decoding]
         picked, logprobs = (one.cpu().numpy() for one in self.pick(self.logits, rows))
-        ended = [slot for slot in range(self.active) if self._add(rows[slot], picked[slot], logprobs[slot])]
+        ended = [slot for slot in range(self.decoding) if self._add(rows[slot], picked[slot], logprobs[slot])]
         going = self._stop_writing(ended)
         if going:
             self._step(picked[going])
@@ -95,12 +97,12 @@ class LocalWriter:
 
     def _stop_writing(self, ended: list[int]) -> list[int]:
         """Put the rows that go on into the first slots; which slots they were in, in their new order."""
-        gone, going = set(ended), self.active - len(ended)
-        stays = [slot for slot in range(self.active) if slot not in gone]
+        gone, going = set(ended), self.decoding - len(ended)
+        stays = [slot for slot in range(self.decoding) if slot not in gone]
         late = [slot for slot in stays if slot >= going]
         order = [late.pop() if slot in gone else slot for slot in range(going)]
         rows = [self.slots[slot] for slot in order]
-        self.active = going
+        self.decoding = going
         self._arrange(0, rows)
         return order
 
@@ -125,9 +127,9 @@ class LocalWriter:
     def _step(self, tokens: np.ndarray) -> None:
         """Read one token for every row that writes."""
         if self.recorded:
-            self.cache.reach(int(self.lengths[: self.active].max()) + 1)
-            self.logits = self.recorded.step(tokens, self.lengths[: self.active])
-            self.lengths[: self.active] += 1
+            self.cache.reach(int(self.lengths[: self.decoding].max()) + 1)
+            self.logits = self.recorded.step(tokens, self.lengths[: self.decoding])
+            self.lengths[: self.decoding] += 1
         else:
             self.logits = self._forward(0, tokens[:, None], np.ones((len(tokens), 1), dtype=np.int64))
 
@@ -139,22 +141,22 @@ class LocalWriter:
         texts = {rows[0]: prompt for rows, prompt in self.prompts} | self.chunks
         copies = {copy: rows[0] for rows, _ in self.prompts for copy in rows[1:]}
         order = [*sorted(leaders, key=lambda row: len(texts[row])), *sorted(self.chunks, key=lambda r: len(texts[r]))]
-        self._arrange(self.active, [*order, *copies])
-        logits = [] if self.logits is None or not self.active else [self.logits]
+        self._arrange(self.decoding, [*order, *copies])
+        logits = [] if self.logits is None or not self.decoding else [self.logits]
         before = dict(zip(self.slots, self.lengths.tolist(), strict=True))
         for part in _alike(order, texts, before):
             slot = self.slots.index(part[0])
             logits.append(self._forward(slot, *_left_padded([texts[row] for row in part], self.policy)))
-        first = self.active
-        self.active += len(order) + len(copies)
+        first = self.decoding
+        self.decoding += len(order) + len(copies)
         self.logits = torch.cat(logits)
         if copies:
             leader_slots = [first + order.index(leader) for leader in copies.values()]
-            copy_slots = list(range(first + len(order), self.active))
+            copy_slots = list(range(first + len(order), self.decoding))
             self.lengths[copy_slots] = self.lengths[leader_slots]
             self.cache.move(leader_slots, copy_slots, int(self.lengths[leader_slots].max()))
             self.logits = torch.cat([self.logits, self.logits[leader_slots]])
-        for row in self.slots[first : self.active]:
+        for row in self.slots[first : self.decoding]:
             self.written[row] = ([], [])
         self.prompts, self.chunks = [], {}
 

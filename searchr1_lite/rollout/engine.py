@@ -1,9 +1,9 @@
 """Rollouts: many questions worked through at once, the model writing and the search engine answering in between.
 
 Every row goes at its own pace: it writes a turn, its search starts the moment it asks, the others write on meanwhile,
-and when it is done the next question takes its place. Ids are never made from decoded text. What writes is a `Writer`:
-decoding.py in this process, vllm.py through a server. A row whose search fails for good ends there, and says so; the
-others go on.
+and when it is done the next question takes its place. Ids are never made from decoded text. What writes is a
+`TokenSampler`: decoding.py in this process, vllm.py through a server. A row whose search fails for good ends there, and
+says so; the others go on.
 """
 
 import warnings
@@ -22,8 +22,9 @@ from searchr1_lite.config import ConfigError, Profile
 from searchr1_lite.errors import UserError
 from searchr1_lite.retrieval.batching import Batcher
 from searchr1_lite.rollout.cuda_graphs import cuda_graph
-from searchr1_lite.rollout.decoding import LocalWriter, decode
+from searchr1_lite.rollout.decoding import LocalSampler, decode
 from searchr1_lite.rollout.decoding import greedy as likeliest
+from searchr1_lite.rollout.dequantize import dequantized_weights
 from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import (
     INVALID_ACTION,
@@ -34,7 +35,6 @@ from searchr1_lite.rollout.protocol import (
     render_observation,
 )
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
-from searchr1_lite.rollout.weights import plain_weights
 from searchr1_lite.types import QueryRefusedError, Question, Retriever
 
 
@@ -42,12 +42,12 @@ class PromptTooLongError(UserError):
     """A question whose prompt does not fit; the message names it."""
 
 
-class Writer(Protocol):
+class TokenSampler(Protocol):
     """What writes the model's part of trajectories. Rows are numbers that the engine gives out."""
 
     capacity: int  # rows that it holds at once
     writing: int  # rows that are in the middle of a turn, or about to begin one
-    patience: int | None  # calls of `advance` until a search's hits are read; None: as soon as they are there
+    search_delay_steps: int | None  # calls of `advance` until a search's hits are read; None: as soon as they are there
 
     def open(self, rows: Sequence[int], prompt: Sequence[int], streams: Sequence[np.random.Generator]) -> None:
         """Rows that share a prompt begin their first turn; each samples from its own stream."""
@@ -74,7 +74,7 @@ def rollout(
     group_size: int = 1,
     greedy: bool = False,
     seed: int = 0,
-    writer: Writer | None = None,
+    sampler: TokenSampler | None = None,
     prompts: Sequence[Sequence[int]] | None = None,
     done: Callable[[Trajectory], None] | None = None,
 ) -> list[Trajectory]:
@@ -104,21 +104,21 @@ def rollout(
     if profile.strategy != "search_r1":
         profile = profile.model_copy(update={"max_turns": 0})
     rows = [_Row(q, ids) for q, ids in zip(questions, prompts, strict=True) for _ in range(group_size)]
-    if writer is None:
+    if sampler is None:
         capacity = min(profile.rollout_rows, len(rows))
         pick = likeliest if greedy else None
         record = cuda_graph if profile.cuda_graphs and policy.device.type == "cuda" else None
-        writer = LocalWriter(policy, capacity, profile.max_response_tokens, pick, profile.temperature, record)
-    if writer.capacity < group_size:
-        raise ConfigError(f"rollout_rows = {writer.capacity} leaves no room for a group of {group_size} rows")
-    ours = isinstance(writer, LocalWriter) and profile.sampling_weights == "dequantized"
-    weights = plain_weights(policy.model) if ours else nullcontext()
+        sampler = LocalSampler(policy, capacity, profile.max_response_tokens, pick, profile.temperature, record)
+    if sampler.capacity < group_size:
+        raise ConfigError(f"rollout_rows = {sampler.capacity} leaves no room for a group of {group_size} rows")
+    ours = isinstance(sampler, LocalSampler) and profile.sampling_weights == "dequantized"
+    weights = dequantized_weights(policy.model) if ours else nullcontext()
     was_training = policy.model.training
     policy.model.eval()  # no dropout; and in training mode gradient checkpointing silently drops the cache
     try:
         with torch.no_grad(), weights, Batcher(retriever) as searches:
             streams = _streams([row.question for row in rows], seed)
-            loop = _Loop(rows, group_size, streams, writer, searches, policy.tokenizer, profile, limit)
+            loop = _Loop(rows, group_size, streams, sampler, searches, policy.tokenizer, profile, limit)
             for trajectory in loop.run():
                 if done:
                     done(trajectory)
@@ -139,20 +139,20 @@ class _Asked(NamedTuple):
 class _Loop:
     """Search-R1's loop (generation.py, run_llm_loop), row by row: turns that may search, then one that may not.
 
-    With a writer that has patience, which rows are read together depends on steps and never on the time that a search
-    took: a rollout can be repeated exactly.
+    With a sampler that has search_delay_steps, which rows are read together depends on steps and never on the time that
+    a search took: a rollout can be repeated exactly.
     """
 
     rows: list["_Row"]  # the copies of a question together
     group_size: int
     streams: list[np.random.Generator]  # one a row
-    writer: Writer
+    sampler: TokenSampler
     searches: Batcher
     tokenizer: Any
     profile: Profile
     limit: int  # tokens of a row
     begun: int = 0  # rows that have begun, or are done
-    open: int = 0  # rows that the writer holds
+    open: int = 0  # rows that the sampler holds
     asked: list[_Asked] = field(default_factory=list)
     failed: int = 0  # searches, refused queries included
     failed_in_a_row: int = 0
@@ -162,10 +162,10 @@ class _Loop:
     def run(self) -> Iterator[Trajectory]:
         ready = step = 0
         while ready < len(self.rows):
-            if not self.writer.writing or step % (self.writer.patience or 1) == 0:
+            if not self.sampler.active or step % (self.sampler.search_delay_steps or 1) == 0:
                 self._refill()
                 self._observe(self._answered(step))
-            ended = self.writer.advance()
+            ended = self.sampler.advance()
             self._take_turns(step, ended)
             step += 1
             while ready < len(self.rows) and self.rows[ready].stop_reason:
@@ -177,9 +177,9 @@ class _Loop:
             warnings.warn(f"{self.failed} of {len(self.rows)} trajectories ended because a search failed", stacklevel=3)
 
     def _refill(self) -> None:
-        while self.begun < len(self.rows) and self.open + self.group_size <= self.writer.capacity:
+        while self.begun < len(self.rows) and self.open + self.group_size <= self.sampler.capacity:
             group = range(self.begun, self.begun + self.group_size)
-            self.writer.open(group, self.rows[group.start].prompt_ids, self.streams[group.start : group.stop])
+            self.sampler.open(group, self.rows[group.start].prompt_ids, self.streams[group.start : group.stop])
             self.begun, self.open = group.stop, self.open + self.group_size
 
     def _take_turns(self, step: int, ended: list[tuple[int, list[int], list[float]]]) -> None:
@@ -206,9 +206,9 @@ class _Loop:
 
     def _answered(self, step: int) -> list[_Asked]:
         """The rows that are to read their observations now, taken off the list."""
-        patience, idle = self.writer.patience, not self.writer.writing
-        if patience is not None:
-            due = [one for one in self.asked if idle or one.step <= step - patience]
+        search_delay_steps, idle = self.sampler.search_delay_steps, not self.sampler.active
+        if search_delay_steps is not None:
+            due = [one for one in self.asked if idle or one.step <= step - search_delay_steps]
         else:
             if idle:
                 wait([one.hits for one in self.asked if one.hits], return_when=FIRST_COMPLETED)
@@ -231,7 +231,7 @@ class _Loop:
             row.turns[-1] = Turn(said.text, said.action, said.query, hits, seen)
             if fits:
                 row.add(chunk)
-                self.writer.read(number, chunk)
+                self.sampler.read(number, chunk)
             else:
                 self._close(number, "context")
 
@@ -241,7 +241,7 @@ class _Loop:
             self.searched, self.failed_in_a_row = True, 0
         else:
             self.error, self.failed_in_a_row = error, self.failed_in_a_row + 1
-            if self.failed_in_a_row >= self.writer.capacity:
+            if self.failed_in_a_row >= self.sampler.capacity:
                 raise error
         if error is not None:
             self.failed += 1
@@ -250,7 +250,7 @@ class _Loop:
 
     def _close(self, number: int, reason: str) -> None:
         self.rows[number].stop_reason = reason
-        self.writer.close(number)
+        self.sampler.close(number)
         self.open -= 1
 
 

@@ -19,7 +19,7 @@ from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy, autocast
 from searchr1_lite.rollout.trajectory import Trajectory
-from searchr1_lite.rollout.vllm import VLLMWriter
+from searchr1_lite.rollout.vllm import VLLMSampler
 from searchr1_lite.types import Question, Retriever
 
 
@@ -41,7 +41,7 @@ class Rollouts:
     def __post_init__(self) -> None:
         self.noise = load_corpus(self.profile.corpus) if self.profile.noise_start or self.profile.noise_end else None
         served = self.profile.sampler == "vllm" and self.profile.algorithm in REINFORCED
-        self.server = VLLMWriter(self.policy, self.profile) if served else None
+        self.server = VLLMSampler(self.policy, self.profile) if served else None
 
     def __call__(self, step: int, model: Any) -> list[Trajectory]:
         """Sampled by `model`, with random numbers of this step alone: a run that goes on samples the same."""
@@ -66,7 +66,7 @@ class Rollouts:
                 profile,
                 group_size=profile.group_size,
                 seed=profile.seed * 1_000_003 + step,
-                writer=self.server,
+                sampler=self.server,
             )
         self.cache_hits = getattr(self.retriever, "hits", 0) - before
         return trajectories

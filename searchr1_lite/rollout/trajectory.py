@@ -25,7 +25,7 @@ class Turn:
     observation: str = ""
 
 
-class OfTurns:
+class HasTurns:
     """What `turns` and `stop_reason` say: of a trajectory, and of an attempt in several texts (strategies.py)."""
 
     __slots__ = ()
@@ -54,7 +54,7 @@ class OfTurns:
 
 
 @dataclass(frozen=True, slots=True)
-class Trajectory(OfTurns):
+class Trajectory(HasTurns):
     """One question worked through.
 
     `prompt_ids`: (prompt tokens,). `completion_ids`, `loss_mask`, `logprobs`: (completion tokens,), equally long.

@@ -59,15 +59,15 @@ class VLLMError(UserError):
     """A server that is not there, not the right one, or fails; the message has the URL, the request and what to do."""
 
 
-class VLLMWriter:
-    """Writes with the model at `profile.vllm_url`; see `engine.Writer`, whose methods these are.
+class VLLMSampler:
+    """Writes with the model at `profile.vllm_url`; see `engine.TokenSampler`, whose methods these are.
 
     It begins with the base; `load_adapter` puts a version of the adapter in its place. Ids are those that were
     sampled, log-probabilities are at the sampling temperature (greedy: at 1). The policy's own weights are not used.
     Everything that speaks with the server raises VLLMError.
     """
 
-    patience = None  # rows do not wait for each other
+    search_delay_steps = None  # rows do not wait for each other
 
     def __init__(self, policy: Policy, profile: Profile, greedy: bool = False) -> None:
         self.url, self.max_tokens = profile.vllm_url, profile.max_response_tokens
@@ -83,7 +83,7 @@ class VLLMWriter:
         self._check_logprobs()
 
     @property
-    def writing(self) -> int:
+    def active(self) -> int:
         return len(self.turns)
 
     def open(self, rows: Sequence[int], prompt: Sequence[int], streams: Sequence[np.random.Generator]) -> None:

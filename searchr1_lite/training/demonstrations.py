@@ -26,7 +26,7 @@ from searchr1_lite.rollout.policy import Policy
 from searchr1_lite.rollout.protocol import encode_prompt
 from searchr1_lite.rollout.rows import TOKENS, row_to_trajectory, trajectory_to_row
 from searchr1_lite.rollout.trajectory import Trajectory, Turn
-from searchr1_lite.rollout.vllm import VLLMWriter
+from searchr1_lite.rollout.vllm import VLLMSampler
 from searchr1_lite.runfolder import RunFolderError
 from searchr1_lite.tasks.answers import exact_match
 from searchr1_lite.tasks.questions import QuestionError
@@ -104,9 +104,9 @@ def right_answers(
     if missing:
         size = profile.save_every * profile.questions_per_step
         parts = {n: run_folder / f"checkpoints/right-{n}.jsonl.gz" for n in range(0, len(questions), size)}
-        writer = VLLMWriter(policy, profile) if profile.sampler == "vllm" else None
+        sampler = VLLMSampler(policy, profile) if profile.sampler == "vllm" else None
         sampling = {"group_size": profile.group_size, "seed": profile.seed * 1_000_003}  # as at a run's first step
-        sample = partial(rollout, policy, retriever=cached(retriever), profile=profile, writer=writer, **sampling)
+        sample = partial(rollout, policy, retriever=cached(retriever), profile=profile, sampler=sampler, **sampling)
         for first, part in parts.items():
             if not part.is_file():
                 asked = questions[first : first + size]

@@ -28,6 +28,7 @@ from searchr1_lite.plugins import load_plugin
 from searchr1_lite.preflight import check_processes, check_settings, memory_for
 from searchr1_lite.retrieval.batching import cached
 from searchr1_lite.retrieval.index import load_retriever
+from searchr1_lite.rollout.dequantize import merged_adapter
 from searchr1_lite.rollout.policy import (
     Policy,
     autocast,
@@ -38,7 +39,6 @@ from searchr1_lite.rollout.policy import (
     save_weights,
 )
 from searchr1_lite.rollout.steps import Rollouts
-from searchr1_lite.rollout.weights import merged_adapter
 from searchr1_lite.runfolder import check_same_run, fingerprint, is_finished
 from searchr1_lite.tasks.questions import held_out, load_questions, question_order
 from searchr1_lite.training import losses, trl_trainer

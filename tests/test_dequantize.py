@@ -6,10 +6,9 @@ from conftest import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 
 from searchr1_lite.config import load_profile
-from searchr1_lite.rollout import weights
+from searchr1_lite.rollout.dequantize import dequantized_weights
 from searchr1_lite.rollout.engine import rollout
 from searchr1_lite.rollout.policy import Policy, load_policy
-from searchr1_lite.rollout.weights import plain_weights
 from searchr1_lite.types import Question
 
 IDS = torch.randint(0, 500, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -48,7 +47,7 @@ def test_the_same_function(tmp_path, quantization, dtype, within):
     before = logits(policy)
     with policy.model.disable_adapter():
         assert (logits(policy) - before).abs().max() > 0.1  # the adapter matters
-    with plain_weights(policy.model):
+    with dequantized_weights(policy.model):
         changed = plain_layers(policy)
         assert (logits(policy) - before).abs().max() <= within
     assert len(changed) == (0 if (quantization, dtype) == ("none", "bfloat16") else 14)
@@ -58,26 +57,12 @@ def test_the_same_function(tmp_path, quantization, dtype, within):
     assert torch.equal(logits(policy), before)
 
 
-def test_large_matrices_on_a_cpu_are_laid_out_for_few_rows(monkeypatch):
-    """With the threshold out of the way: every linear layer, those with a bias and the tied head too."""
-    monkeypatch.setattr(weights, "LARGE", 1)
-    model, ids = make_model(544), IDS
-    before = model(input_ids=ids).logits
-    with torch.no_grad(), plain_weights(model):
-        assert sum("forward" in vars(module) for module in model.modules()) == 15
-        for rows in (ids, ids[:1], ids[:, :1], ids.repeat(40, 1)):
-            wanted = before[:1] if len(rows) == 1 else before
-            wanted = wanted[:, :1] if rows.shape[1] == 1 else wanted
-            torch.testing.assert_close(model(input_ids=rows).logits[:2], wanted, atol=1e-5, rtol=1e-5)
-    assert torch.equal(model(input_ids=ids).logits, before)
-
-
 def test_it_follows_the_adapter_and_leaves_training_alone(tmp_path):
     policy = adapted(tmp_path, "nf4", "float32")
     packed = {name: value.clone() for name, value in policy.model.state_dict().items()}
     for _ in range(2):
         before = logits(policy)
-        with plain_weights(policy.model):
+        with dequantized_weights(policy.model):
             assert torch.allclose(logits(policy), before, atol=1e-5)
         for name, value in policy.model.state_dict().items():
             assert "lora_" in name or torch.equal(value, packed[name]), name
@@ -96,7 +81,7 @@ def test_an_adapter_that_is_switched_off_stays_off(tmp_path):
     policy = adapted(tmp_path, "nf4", "float32")
     with policy.model.disable_adapter():
         base = logits(policy)
-        with plain_weights(policy.model):
+        with dequantized_weights(policy.model):
             assert torch.allclose(logits(policy), base, atol=1e-5)
             assert all(name.endswith("base_layer") for name in plain_layers(policy))
 
@@ -114,6 +99,6 @@ def test_nothing_stays_after_an_error_and_the_setting_is_heeded(tmp_path, retrie
         rollout(policy, [Question("q", "Who?", ("x",))], retriever, settings)
     hook.remove()
     assert seen == [14, 0]
-    with pytest.raises(StopHereError), plain_weights(policy.model):
+    with pytest.raises(StopHereError), dequantized_weights(policy.model):
         raise StopHereError
     assert plain_layers(policy) == []

@@ -1,28 +1,22 @@
-"""Matrices to sample with, made once a rollout: a 4-bit base unpacked, and on a CPU laid out for few rows.
+"""Plain matrices in the place of 4-bit ones: made once a rollout to sample with, and once an update to learn with.
 
-A 4-bit layer unpacks its weights in every forward. That is nothing in training, where a forward reads thousands of
-tokens, and most of the work while writing, where it reads one a row. What is unpacked here are the very values that
-the layer computes with, so sampling stays on-policy; they are dropped before training goes on. In float32 the adapter
-is added to them. In bfloat16, which would round much of a small adapter away, it stays beside them, as in training.
-
-A CPU multiplies a few rows by a large matrix faster once oneDNN has laid the matrix out for that, which torch's own
-linear layer does not do. Small matrices gain less than a call costs.
+A 4-bit layer unpacks its weights in every forward. That is nothing where a forward reads thousands of tokens, and most
+of the work while sampling, where it reads one a row. What is unpacked here are the very values that the layer computes
+with, so sampling stays on-policy; they are dropped before training goes on. In float32 the adapter is added to them. In
+bfloat16, which would round much of a small adapter away, it stays beside them, as in training.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch.nn.functional import linear
 
-LARGE = 2**17  # numbers in a matrix from which on oneDNN's layout is used: above the tiny model's, where it cost more
-FEW_ROWS = 32  # that it is laid out for; other numbers of rows give the same values
-
 
 @contextmanager
-def plain_weights(model: torch.nn.Module) -> Iterator[None]:
-    """While this lasts, 4-bit layers, and in float32 those with an adapter or large, compute with a matrix made now.
+def dequantized_weights(model: torch.nn.Module) -> Iterator[None]:
+    """While this lasts, 4-bit layers, and in float32 those with an adapter, compute with a matrix made now.
 
     That takes memory for those layers in their compute type. Gradients do not flow, and training must wait.
     """
@@ -35,35 +29,25 @@ def plain_weights(model: torch.nn.Module) -> Iterator[None]:
         for module in model.modules():
             adapted = isinstance(module, LoraLayer)
             base = module.get_base_layer() if adapted else module
-            packed = isinstance(base, Linear4bit)
             if base in done or not isinstance(base, torch.nn.Linear):
                 continue
             if "forward" in vars(module):  # made already, around this
                 done.add(base)
                 continue
+            packed = isinstance(base, Linear4bit)
             weight = _unpacked(base) if packed else base.weight.data
             if adapted and (weight.dtype != torch.float32 or module.disable_adapters):
                 continue  # its base, which comes next, is on its own
             if adapted:
                 done.add(base)
                 weight = weight + sum(module.get_delta_weight(name).data for name in module.active_adapters)
-            plain_float = weight.device.type == "cpu" and weight.dtype == torch.float32
-            if plain_float and weight.numel() >= LARGE and torch.backends.mkldnn.is_available():
-                module.forward = _for_few_rows(weight, base.bias)
-            elif adapted or packed:
+            if adapted or packed:
                 module.forward = partial(linear, weight=weight, bias=base.bias)
-            else:
-                continue
-            plain.append(module)
+                plain.append(module)
         yield
     finally:
         for module in plain:
             del module.forward  # the class's own shows again
-
-
-def _for_few_rows(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_ROWS)
-    return lambda rows: torch.ops.mkldnn._linear_pointwise(rows, laid_out, bias, "none", [], "")
 
 
 def _unpacked(layer: torch.nn.Module) -> torch.Tensor:
