@@ -210,9 +210,7 @@ def test_an_empty_or_missing_parquet(tmp_path: Path) -> None:
     for ending in ("parquet", "jsonl"):  # which is no hub name
         with pytest.raises(QuestionError, match=rf"no questions file at .*nowhere\.{ending}"):
             load_questions(f"some/nowhere.{ending}", "train")
-    with pytest.raises(
-        QuestionError, match=r"no questions called 'hotpot', .*there are toy, paper, nq, .*, nq_"
-    ):
+    with pytest.raises(QuestionError, match=r"no questions called 'hotpot', .*there are toy, paper, nq, .*, nq_"):
         load_questions("hotpot", "train")
 
 
