@@ -5,11 +5,9 @@
 # make saved    run the notebooks in place, as they are committed
 # make results  sum up and draw the runs of data/results/runs
 # make runs     make those runs again (three seeds, masked and unmasked)
-# make retrievers  train with every kind of retriever, from oracle to empty, three seeds each
-# make ten-ways   the paper's ways to answer, trained and compared, three seeds (SEEDS="0": one)
-# make experiment NAME=mask   one of the paper's experiments from nothing: train, sum up (5 to 41 minutes)
-# make experiments   all thirteen, one after another (less than four hours; stopped, it goes on)
-# make findings   compare what they gave with what the paper says
+# make ten-ways     the paper's ways to answer, trained and compared, three seeds
+# make experiments  the paper's claims, thirteen experiments one after another (less than four hours; it resumes), and
+#                   what they say; one alone: searchr1 experiment mask
 # make tiny-base  pretrain the tiny model again
 # make tiny-instruct  tune it to follow instructions again
 #
@@ -21,15 +19,15 @@ PYTHON ?= python3
 PIP_ARGS ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PY := .venv/bin/python
+SEARCHR1 := .venv/bin/searchr1
 READY := .venv/.ready
 NOTEBOOK_SECONDS ?= 600
 
-.PHONY: tour test lab style notebooks saved runs results retrievers ten-ways experiment experiments findings \
-  tiny-base tiny-instruct constraints
+.PHONY: tour test lab style notebooks saved runs results ten-ways experiments tiny-base tiny-instruct constraints
 .DELETE_ON_ERROR:
 
 tour: $(READY)
-	$(PY) -m searchr1_lite.tour
+	$(SEARCHR1) tour
 
 test: $(READY) style
 	$(PY) -m pytest -q tests
@@ -51,39 +49,20 @@ saved: $(READY)
 	$(PY) -m nbstripout --keep-output --keep-count notebooks/*.ipynb
 
 results: $(READY)
-	$(PY) -m searchr1_lite.analysis.summary data/results/runs/* --out data/results/summary.json
-	$(PY) -m searchr1_lite.analysis.figures --runs data/results/runs --out data/results/masked_vs_unmasked.png
+	$(SEARCHR1) report runs data/results/runs/* --out data/results/summary
 
 runs: $(READY)
-	for seed in 0 1 2; do for mask in masked unmasked; do $(PY) -m searchr1_lite.training \
-	  --run-folder data/results/runs/tiny-$$mask-seed$$seed seed=$$seed masked=$$([ $$mask = masked ] && echo true || echo false) \
-	  || exit 1; done; done
+	for seed in 0 1 2; do for masked in true false; do \
+	  name=$$([ $$masked = true ] && echo masked || echo unmasked); \
+	  $(SEARCHR1) train --out data/results/runs/tiny-$$name-seed$$seed seed=$$seed masked=$$masked || exit 1; done; done
 
-# an arm is a name and its settings; each model is asked again with BM25, whatever it learned with
-ARMS := oracle:retriever=oracle bm25:retriever=bm25 noisy:noise_start=0.5,noise_end=0.5 random:retriever=random \
-  empty:retriever=empty
-BM25 := retriever=bm25 noise_start=0.0 noise_end=0.0
-retrievers: $(READY)
-	for seed in 0 1 2; do for arm in $(ARMS); do run=$${arm%%:*}-seed$$seed; \
-	  $(PY) -m searchr1_lite.training --run-folder runs/retrievers/$$run seed=$$seed $$(echo $${arm#*:} | tr , ' ') \
-	  && $(PY) -m searchr1_lite.evaluation --adapter runs/retrievers/$$run --out runs/retrievers-bm25/$$run \
-	  --decoding greedy $(BM25) || exit 1; done; done
-	$(PY) -m searchr1_lite.analysis.arms runs/retrievers/* --again runs/retrievers-bm25 --out data/results/retrievers.json
-
-SEEDS ?= 0 1 2
 ten-ways: $(READY)
-	$(PY) -m searchr1_lite.evaluation.compare --out runs/ten-ways --seeds $(SEEDS)
-	$(PY) -m searchr1_lite.analysis.table runs/ten-ways --out data/results/ten_ways
-
-experiment: $(READY)
-	$(PY) -m searchr1_lite.experiments $(NAME)
+	$(SEARCHR1) experiment ten_ways
+	$(SEARCHR1) report table runs/ten-ways --out data/results/ten_ways
 
 experiments: $(READY)
-	$(PY) -m searchr1_lite.experiments all
-	$(MAKE) findings
-
-findings: $(READY)
-	$(PY) -m searchr1_lite.analysis.findings data/results/experiments/*.json --out data/results/findings
+	$(SEARCHR1) experiment all
+	$(SEARCHR1) report findings data/results/experiments/*.json --out data/results/findings
 
 PRETRAIN := .venv/bin/torchrun --nproc-per-node 2 data/tiny-base/pretrain.py
 tiny-base: export OMP_NUM_THREADS = 1

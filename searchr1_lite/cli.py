@@ -258,7 +258,7 @@ def memory(settings: Settings = None, profile: ProfileName = "tiny") -> None:
 @app.command()
 def tour() -> None:
     """Run the notebooks and write runs/tour/index.html, to read without Jupyter."""
-    from searchr1_lite.tour import main as run_tour
+    from searchr1_lite.tour import tour as run_tour
 
     run_tour()
 

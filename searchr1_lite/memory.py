@@ -66,7 +66,10 @@ def model_shape(profile: Profile) -> Shape:
     everything = sum(p.numel() for p in model.parameters())  # a tied matrix is one parameter
     if profile.lora_r:
         lora = LoraConfig(r=profile.lora_r, target_modules=profile.lora_target)
-        model = inject_adapter_in_model(lora, model, low_cpu_mem_usage=True)
+        try:
+            model = inject_adapter_in_model(lora, model, low_cpu_mem_usage=True)
+        except ValueError as error:  # PEFT finds no such layer
+            raise ConfigError(f"lora_target {profile.lora_target!r}: {str(error).splitlines()[0]}") from None
     config = model.config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Shape(

@@ -13,7 +13,9 @@ from synthetic_runs import trajectory_row, write_run
 
 matplotlib.use("Agg")
 
-from searchr1_lite.analysis import figures, reading, summary, viewer
+from conftest import searchr1
+
+from searchr1_lite.analysis import figures, summary, viewer
 from searchr1_lite.analysis.runs import RunError, before_and_after, by_mask, load_run, load_runs
 
 
@@ -179,50 +181,22 @@ def test_every_point_lies_inside_its_panel(runs):
         assert max(max(line.get_ydata()) for line in axes.lines) <= high
 
 
-def test_sentences_give_the_ends_of_runs_and_their_intervals(runs, tmp_path):
-    groups = by_mask(runs)
-    assert reading.ends(runs[0], "reward") == pytest.approx((0.2, 0.5))  # six steps 0.1 to 0.6: three and three
-    text = reading.from_to({"masked": [runs[0]]}, "reward")
-    assert text == "masked, 1 run: from 0.20 to 0.50"
-    # Ends of three seeds 0.5, 0.6, 0.7: mean 0.6, half width 4.303 x 0.1 / sqrt(3) = 0.248.
-    assert reading.from_to(groups, "reward").splitlines()[0].endswith("to 0.60 (0.35 to 0.85)")
-    assert reading.with_interval([0.8, 0.9, 1.0], top=1) == "0.90 (0.65 to 1.00)"
-    longer = load_run(write_run(tmp_path / "longer", steps=12))
-    assert reading.ends(longer, "reward") == pytest.approx((0.3, 1.0))  # steps 1 to 5, and 8 to 12
-
-
-def test_what_was_reached_and_lost_again_is_seen(tmp_path):
-    folder = write_run(tmp_path / "one")
-    rewards = [0.1, 0.5, 0.6, 0.7, 0.2, 0.0]
-    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {n}, "reward": {r}}}\n' for n, r in enumerate(rewards)))
-    assert reading.best(load_run(folder), "reward") == pytest.approx(0.6)
-
-
-def test_a_comparison_claims_no_more_than_the_intervals(runs):
-    apart = reading.compare({"masked": [0.90, 0.91, 0.92], "unmasked": [0.3, 0.4, 0.2]}, "x")
-    assert apart == "Masked minus unmasked, x: +0.61. The 95 % intervals over seeds do not touch."
-    assert reading.compare({"masked": [0.9, 0.5], "unmasked": [0.3, 0.4]}, "x").endswith("overlap.")
-    assert "chance cannot be told" in reading.compare({"masked": [0.9], "unmasked": [0.3]}, "x")
-    assert "nothing to compare" in reading.compare({"masked": [0.9, 0.8]}, "x")
-
-
-def test_the_picture_command_makes_the_same_file_twice(runs, tmp_path, capsys):
-    folder = runs[0].folder.parent
-    for name in ("a.png", "b.png"):
-        figures.main(["--runs", str(folder), "--out", str(tmp_path / name)])
+def test_the_command_makes_the_same_files_twice(runs, tmp_path, capsys):
+    for name in ("a", "b"):
+        searchr1("report", "runs", *(run.folder for run in runs), "--out", tmp_path / name)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-    assert "3 masked, 2 unmasked" in capsys.readouterr().out
+    assert "a.json" in (said := capsys.readouterr().out) and "| exact match | 0.10 | 0.70 ± 0.25 |" in said
 
 
 def test_the_summary_holds_what_is_quoted(runs, tmp_path):
     out = tmp_path / "summary.json"
-    summary.main([*(str(run.folder) for run in runs), "--out", str(out)])
+    searchr1("report", "runs", *(run.folder for run in runs), "--out", out.with_suffix(""))
     written = json.loads(out.read_text())
     assert {"date", "machine", "versions", "command", "runs"} <= set(written)
     assert written["date"] == "2026-01-03T00:00:00+00:00"
     first = written["runs"][0]
-    assert (first["name"], first["profile"], first["seed"], first["masked"]) == ("masked-0", "tiny", 0, True)
-    assert (first["steps"], first["seconds"], first["closed_book"]) == (6, 15.0, 0.02)
+    assert (first["run"], first["profile"], first["seed"], first["masked"]) == ("masked-0", "tiny", 0, True)
+    assert (first["steps"], first["seconds"], first["closed_book"]) == (6, 17.0, 0.02)
     assert first["before"]["exact_match"] == 0.1
     assert first["after"]["exact_match_by_hops"]["2"] == pytest.approx(0.6)
     assert first["after"]["mean_searches_by_hops"] == {"1": 1.0, "2": 2.0}
@@ -235,7 +209,7 @@ def test_a_summary_that_cannot_be_made_leaves_the_old_one(runs, tmp_path):
     out.write_text("old")
     (runs[1].folder / "evaluation.json").unlink()
     with pytest.raises(SystemExit, match="not finished"):
-        summary.main([*(str(run.folder) for run in runs), "--out", str(out)])
+        searchr1("report", "runs", *(run.folder for run in runs), "--out", out.with_suffix(""))
     assert out.read_text() == "old"
 
 

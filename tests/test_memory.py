@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import searchr1
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
 
 from searchr1_lite import memory
 from searchr1_lite.config import PROFILES, ROOT, ConfigError, load_profile
-from searchr1_lite.memory import check_memory, main, memory_plan, model_shape, nf4_bytes
+from searchr1_lite.memory import check_memory, memory_plan, model_shape, nf4_bytes
 from searchr1_lite.rollout import decoding
 from searchr1_lite.rollout.policy import Policy, load_policy
 from searchr1_lite.rollout.weights import plain_weights
@@ -328,9 +329,9 @@ def test_an_encoder_takes_its_share_with_every_kind_of_vectors(real):
 
 
 def test_the_command_prints_the_table(capsys):
-    main(["--profile", "tiny", "rollout_rows=8", "device=cpu"])
+    searchr1("memory", "--profile", "tiny", "rollout_rows=8", "device=cpu")
     printed = capsys.readouterr().out.splitlines()
     assert printed[0].startswith("always") and printed[-1].startswith("peak of tiny")
     for wrong in (["--profile", "huge"], ["model=no/where/at/all"], ["lora_target=nothing"]):
         with pytest.raises(SystemExit, match=r"^error: "):
-            main(wrong)
+            searchr1("memory", *wrong)

@@ -15,12 +15,13 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from conftest import searchr1
 from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_runs import write_run
 
 from searchr1_lite.analysis import page as pages
-from searchr1_lite.analysis.page import RunError, Source, load_source, main, write_page
+from searchr1_lite.analysis.page import RunError, Source, load_source, write_page
 from searchr1_lite.config import ROOT
 from searchr1_lite.rollout.protocol import render_observation, render_prompt
 from searchr1_lite.tasks.answers import last_answer
@@ -187,33 +188,36 @@ def test_a_folder_names_its_settings(tmp_path):
 
 def test_the_command_writes_the_page_whole_or_not_at_all(tmp_path, capsys):
     run, out = write_run(tmp_path / "run"), tmp_path / "new" / "page.html"
-    main([str(run), "--against", str(write_run(tmp_path / "b" / "run")), "--out", str(out)])
+    searchr1("report", "page", run, "--against", write_run(tmp_path / "b" / "run"), "--out", out)
     assert "8 trajectories" in capsys.readouterr().out
     assert [name for name, _ in unpacked(out)[0]["sources"]] == ["run (1)", "run (2)"]
     before = out.read_bytes()
     with pytest.raises(SystemExit, match=r"error: .*nowhere"):
-        main([str(tmp_path / "nowhere"), "--out", str(out)])
+        searchr1("report", "page", tmp_path / "nowhere", "--out", out)
     assert out.read_bytes() == before and sorted(out.parent.iterdir()) == [out]
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"exact_match": None}, "exact_match must be int or float, got None"),
-        ({"exact_match": float("nan")}, "exact_match must be int or float, got nan"),
-        ({"finished": 1}, "finished must be bool, got 1"),
-        ({"searches": True}, "searches must be int, got True"),
-        ({"f1": float("inf")}, "f1 must be int or float, got inf"),
-        ({"turns": "none"}, "turns must be list, got 'none'"),
-        ({"turns": [{"text": "x", "action": "answer"}]}, "turns[0].observation must be str, got None"),
-        ({"question": {"id": "1", "question": "?", "golden_answers": [1]}}, "question.golden_answers[0] must be str"),
-        ({"calls": [call(("a", -1.0), ("b", float("nan")))]}, "calls[0].logprobs[1] must be float or int or NoneType"),
-        ({"calls": [call(("a", -1.0)) | {"pieces": []}]}, "calls[0] has 0 pieces and 1 logprobs"),
-        ({"calls": [{"pieces": [], "logprobs": []}]}, "calls[0].prompt must be str, got None"),
-        ({"calls": "none"}, "calls must be list"),
-        ({"question": row()["question"] | {"metadata": 3}}, "question.metadata must be dict, got 3"),
-        ({"step": "one"}, "step must be int"),
-        ({"phase": ["x"]}, "phase must be str"),
+        ({"exact_match": None}, "exact_match: Input should be a valid number"),
+        ({"exact_match": float("nan")}, "exact_match: Input should be a finite number"),
+        ({"finished": 1}, "finished: Input should be a valid boolean"),
+        ({"searches": True}, "searches: Input should be a valid integer"),
+        ({"f1": float("inf")}, "f1: Input should be a finite number"),
+        ({"turns": "none"}, "turns: Input should be a valid list"),
+        ({"turns": [{"text": "x", "action": "answer"}]}, "turns.0.observation: Field required"),
+        (
+            {"question": {"id": "1", "question": "?", "golden_answers": [1]}},
+            "question.golden_answers.0: Input should be a valid string",
+        ),
+        ({"calls": [call(("a", -1.0), ("b", float("nan")))]}, "calls.0.logprobs.1: Input should be a finite number"),
+        ({"calls": [call(("a", -1.0)) | {"pieces": []}]}, "calls.0: Value error, 0 pieces and 1 logprobs"),
+        ({"calls": [{"pieces": [], "logprobs": []}]}, "calls.0.prompt: Field required"),
+        ({"calls": "none"}, "calls: Input should be a valid list"),
+        ({"question": row()["question"] | {"metadata": 3}}, "question.metadata: Input should be a valid dictionary"),
+        ({"step": "one"}, "step: Input should be a valid integer"),
+        ({"phase": ["x"]}, "phase: Input should be a valid string"),
     ],
 )
 def test_a_row_that_cannot_be_shown_is_named(tmp_path, change, message):

@@ -1,6 +1,5 @@
 """The tour on stand-in notebooks: its table, its pages, and how it ends when a notebook fails."""
 
-import io
 import re
 
 import matplotlib
@@ -10,7 +9,8 @@ from synthetic_runs import write_run
 
 from searchr1_lite import tour as module
 from searchr1_lite.analysis.runs import load_runs
-from searchr1_lite.tour_pages import write_notebook_page
+from searchr1_lite.errors import UserError
+from searchr1_lite.tour import write_notebook_page
 
 matplotlib.use("Agg")
 
@@ -53,17 +53,6 @@ def test_columns_are_aligned():
     assert module.as_text([["a", "n"], ["bcd", "10"]]) == "a     n\n-------\nbcd  10"
 
 
-def test_the_last_printed_line_is_shown_on_a_terminal_and_nothing_elsewhere():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    for stream, shown in ((Terminal(), True), (io.StringIO(), False)):
-        module.LastLine("03", stream).write("step 1\nstep 2\n")
-        assert ("step 2" in stream.getvalue()) is shown
-        assert "step 1" not in stream.getvalue()
-
-
 def test_a_tour_from_notebooks_to_pages(tmp_path, runs, monkeypatch, capsys):
     notebooks, out = tmp_path / "notebooks", tmp_path / "out"
     notebooks.mkdir()
@@ -90,7 +79,7 @@ def test_a_tour_from_notebooks_to_pages(tmp_path, runs, monkeypatch, capsys):
 def test_a_failing_notebook_ends_the_tour_and_is_named(tmp_path, monkeypatch):
     write_notebook(tmp_path / "02_fails.ipynb", "raise ValueError('what went wrong')")
     monkeypatch.setattr(module, "NOTEBOOKS", tmp_path)
-    with pytest.raises(SystemExit, match=r"(?s)02_fails.ipynb failed: .*what went wrong.*out/02_fails.ipynb"):
+    with pytest.raises(UserError, match=r"(?s)02_fails.ipynb failed: .*what went wrong.*out/02_fails.ipynb"):
         module.tour(tmp_path / "out")
 
 

@@ -4,7 +4,7 @@ Masked is a solid dark line with discs, unmasked a dashed light one with squares
 Every function draws on axes that it is given or returns a figure; none shows or saves one, except the command below,
 which makes the README's picture:
 
-python -m searchr1_lite.analysis.figures --runs data/results/runs --out data/results/masked_vs_unmasked.png
+searchr1 report runs data/results/runs/* --out data/results/summary
 """
 
 from collections.abc import Mapping, Sequence

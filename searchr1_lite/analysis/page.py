@@ -10,13 +10,14 @@ import base64
 import gzip
 import hashlib
 import json
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from searchr1_lite.analysis.runs import RunError, read_mapping
 from searchr1_lite.analysis.viewer import passages
@@ -33,20 +34,66 @@ ALWAYS = ("result", "searches", "format")  # filters that are there even where a
 SETTINGS = ("model", "strategy", "algorithm", "masked", "steps", "retriever", "topk", "questions", "seed")
 COUNTS = {"searches": "searches", "invalid_actions": "invalid actions", "response_length": "tokens written"}
 COUNTS |= {"retrieved_tokens": "tokens retrieved", "f1": "F1", "substring_match": "substring match", "reward": "reward"}
-TEXT, NUMBER = (str,), (int, float)
-SHAPE = {  # of a row; a key that ends in "?" may be missing or null
-    "question": {
-        "id": TEXT,
-        "question": TEXT,
-        "golden_answers": [TEXT],
-        "metadata?": {"supporting_ids?": [(str, int)], "gold_ids?": [(str, int)]},
-    },
-    "turns": [{"text": TEXT, "action": TEXT, "observation": TEXT, "query?": TEXT, "hit_ids?": [TEXT]}],
-    **{"exact_match": NUMBER, "searches": (int,), "finished": (bool,), "stop_reason": TEXT},
-    "calls?": [{"prompt": TEXT, "pieces": [TEXT], "logprobs": [(float, int, type(None))]}],
-    **{"phase?": TEXT, "strategy?": TEXT, "decoding?": TEXT, "step?": (int,)},
-    **{f"{key}?": NUMBER for key in COUNTS if key != "searches"},
-}
+
+
+class _Part(BaseModel):
+    """Of a row, what the page reads; a bool is no number, and what may be missing may be null."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class _Metadata(_Part):
+    supporting_ids: list[str | int] | None = None
+    gold_ids: list[str | int] | None = None
+
+
+class _Question(_Part):
+    id: str
+    question: str
+    golden_answers: list[str]
+    metadata: _Metadata | None = None
+
+
+class _Turn(_Part):
+    text: str
+    action: str
+    observation: str
+    query: str | None = None
+    hit_ids: list[str] | None = None
+
+
+class _Call(_Part):
+    prompt: str
+    pieces: list[str]
+    logprobs: list[float | None]
+
+    @model_validator(mode="after")
+    def _one_each(self) -> "_Call":
+        if len(self.pieces) != len(self.logprobs):
+            raise ValueError(f"{len(self.pieces)} pieces and {len(self.logprobs)} logprobs")
+        return self
+
+
+class SavedTrajectory(_Part):
+    """A row of trajectories.jsonl.gz, as training and evaluation save it."""
+
+    question: _Question
+    turns: list[_Turn]
+    exact_match: float
+    searches: int
+    finished: bool
+    stop_reason: str
+    calls: list[_Call] | None = None
+    phase: str | None = None
+    strategy: str | None = None
+    decoding: str | None = None
+    step: int | None = None
+    invalid_actions: float | None = None
+    response_length: float | None = None
+    retrieved_tokens: float | None = None
+    f1: float | None = None
+    substring_match: float | None = None
+    reward: float | None = None
 
 
 @dataclass(frozen=True)
@@ -87,9 +134,12 @@ def write_page(rows: Sequence[Row] | Source, out: Path, against: Sequence[Row] |
     names = [one.name + f" ({n})" * same for n, one in enumerate(sources, 1)]
     for source in sources:
         for number, row in enumerate(source.rows, 1):
-            if wrong := misfit(row, SHAPE):
-                said = "such rows are in the trajectories.jsonl.gz of a run or an evaluation"
-                raise RunError(f"{source.where}{number}: {wrong}; {said}")
+            try:
+                SavedTrajectory.model_validate(row)
+            except ValidationError as error:
+                problem = error.errors()[0]
+                where, what = ".".join(map(str, problem["loc"])), "such rows a run or an evaluation saves"
+                raise RunError(f"{source.where}{number}: {where}: {problem['msg']}; {what}") from None
     everything = [(name, row) for name, one in zip(names, sources, strict=True) for row in one.rows]
     if not everything:
         raise RunError("there are no trajectories to show")
@@ -100,32 +150,13 @@ def write_page(rows: Sequence[Row] | Source, out: Path, against: Sequence[Row] |
     data = [pack(index), *(pack([detail(row) for _, row in part]) for part in parts)]
     out = Path(out)
     write_whole(out, _fill(TEMPLATE.read_text(encoding="utf-8"), data))
+    print(f"{out}: {len(everything)} trajectories, {out.stat().st_size / 1e6:.1f} MB")
     return out
 
 
 def pack(value: Any) -> str:
     """JSON, gzipped, in base64: whatever the texts hold, half a surrogate pair too, this is [A-Za-z0-9+/=]."""
     return base64.b64encode(gzip.compress(json.dumps(value, allow_nan=False).encode("ascii"), 6, mtime=0)).decode()
-
-
-def misfit(value: Any, shape: Any, name: str = "") -> str | None:
-    """What keeps a row, or a part of it, from being shown; None if nothing does."""
-    if isinstance(shape, tuple):  # the types that it may have; a bool is no int
-        if type(value) in shape and (type(value) is not float or math.isfinite(value)):
-            return None
-        return f"{name} must be {' or '.join(kind.__name__ for kind in shape)}, got {value!r:.60}"
-    if not isinstance(value, type(shape)):
-        return f"{name} must be {type(shape).__name__}, got {value!r:.60}"
-    if isinstance(shape, list):
-        return next(filter(None, (misfit(one, shape[0], f"{name}[{n}]") for n, one in enumerate(value))), None)
-    for key, inner in shape.items():
-        part = value.get(key.removesuffix("?"))
-        wrong = misfit(part, inner, f"{name}.{key}".strip(".?")) if part is not None or key[-1] != "?" else None
-        if wrong:
-            return wrong
-    if "pieces" in shape and len(value["pieces"]) != len(value["logprobs"]):
-        return f"{name} has {len(value['pieces'])} pieces and {len(value['logprobs'])} logprobs"
-    return None
 
 
 def detail(row: Row) -> Row:

@@ -47,8 +47,9 @@ def run_entry(run: Run) -> dict[str, Any]:
     curves = {name: run.metrics[name].astype(float).tolist() for name in names}
     held_out = {"final": "exact_match", "searches": "mean_searches", "length": "response_length"}
     measures = {name: after[key] for name, key in (held_out | {"answer_rate": "answer_rate"}).items()}
+    seconds = float(run.metrics["seconds"].sum())
     rounded = {
-        "seconds": float(run.metrics["seconds"].sum()) + before["seconds"] + after["seconds"],
+        "seconds": seconds + before["seconds"] + after["seconds"],
         "measures": measures | curve_measures(curves["exact_match"]),
         "curves": {"step": run.metrics.index.tolist()} | curves,
     }
@@ -64,6 +65,7 @@ def run_entry(run: Run) -> dict[str, Any]:
         "run": run.name,
         **{name: profile[name] for name in kept},
         **{name: run.environment[name] for name in ("date", "machine", "command")},
+        "training_seconds": round(seconds, 1),
         **run.evaluation,
         **more,
         **rounded,
