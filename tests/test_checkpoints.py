@@ -90,6 +90,7 @@ def test_a_run_that_was_cut_off_ends_the_same(tmp_path, tokenizer, retriever, st
     assert [row["step"] for row in metrics] == [1, 2, 3, 4]
     assert any(row["grad_norm"] > 1e-3 for row in metrics)
     assert [row["phase"] for row in trajectories] == ["before"] * 2 + ["train"] * 16 + ["after"] * 2
+    assert any(row["reward"] for row in trajectories) and not any(row["exact_match"] for row in trajectories)  # noise
     weights, others = (load_file(folder / "adapter/adapter_model.safetensors") for folder in (straight, cut))
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)

@@ -24,18 +24,11 @@ from searchr1_lite.training.relatives_rewards import autorefine_reward, r1_searc
 RETRIEVAL = 0.1  # what retrieving the answer adds (the 0.3 in the remarks of Search-R1 qa_em_format.py)
 TAG = re.compile(r"(</?(?:think|search|information|answer)>)")
 
-# Where each tag may stand and where it leads: think, then search, information and think again as often as wanted,
-# then the answer (Search-R1 qa_em_format.py, is_valid_sequence). Text is allowed inside a tag's span only.
-NEXT_STATE = {
-    ("start", "<think>"): "in think",
-    ("in think", "</think>"): "after think",
-    ("after think", "<search>"): "in search",
-    ("in search", "</search>"): "after search",
-    ("after search", "<information>"): "in information",
-    ("in information", "</information>"): "start",
-    ("after think", "<answer>"): "in answer",
-    ("in answer", "</answer>"): "end",
-}
+# Think, then search, information and think again as often as wanted, then the answer, with no text between (Search-R1
+# qa_em_format.py, is_valid_sequence). Inside a tag's span any text is allowed that holds none of the tags.
+INSIDE = rf"(?:(?!{TAG.pattern}).)*"
+SPAN = {tag: rf"<{tag}>{INSIDE}</{tag}>\s*" for tag in ("think", "search", "information", "answer")}
+FORMAT = re.compile(r"\s*(?:{think}{search}{information})*{think}{answer}".format(**SPAN), re.DOTALL)
 
 
 def read_with_prompt(response: str, prompt: str) -> str:
@@ -46,15 +39,7 @@ def read_with_prompt(response: str, prompt: str) -> str:
 
 def has_valid_format(response: str) -> bool:
     """Whether the tags of a response follow one another as Search-R1's v0.3 wants them, with no text between."""
-    state = "start"
-    for piece in TAG.split(response):
-        if TAG.fullmatch(piece):
-            state = NEXT_STATE.get((state, piece), "invalid")
-        elif piece.strip() and not state.startswith("in "):
-            state = "invalid"
-        if state == "invalid":
-            return False
-    return state == "end"
+    return FORMAT.fullmatch(response) is not None
 
 
 def format_reward(
