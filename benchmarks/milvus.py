@@ -3,7 +3,7 @@
     python benchmarks/milvus.py --corpus C --questions Q --out data/results/benchmarks/milvus.json
 
 Real passages with MiniLM: share of flat's first ten that HNSW in Milvus finds, and of bm25s' first ten that its BM25
-finds. Synthetic ones, of random words and vectors of 384 numbers from a checksum, which cost nothing to make: seconds to
+finds. Synthetic ones, of random words and vectors of 384 numbers made from a checksum: seconds to
 load and to search, and the peak of resident memory of the process that does it all. A Milvus server was not measured.
 """
 

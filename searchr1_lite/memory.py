@@ -1,6 +1,6 @@
 """How much GPU memory a profile needs at its peak, from the model's config alone: no weights, no GPU.
 
-    python -m searchr1_lite.memory --profile qwen2.5-3b-4bit rollout_rows=64
+    searchr1 memory --profile qwen2.5-3b-4bit rollout_rows=64
 
 Bytes are counted for decoders of the common shape (attention, then a gated MLP, as in Qwen2 and Llama), at their
 worst: every trajectory as long as it may be. A rollout and a training step do not overlap, so the peak is what always
