@@ -21,7 +21,7 @@ from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.batching import cached
 from searchr1_lite.retrieval.index import load_retriever
-from searchr1_lite.rollout.engine import rollout
+from searchr1_lite.rollouts.engine import rollout
 from searchr1_lite.tasks.questions import held_out
 
 RUN = ROOT / "data/results/runs/tiny-masked-seed0"

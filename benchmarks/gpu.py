@@ -34,13 +34,13 @@ from searchr1_lite.config import ROOT, Profile, load_profile, resolve_path
 from searchr1_lite.files import write_json
 from searchr1_lite.memory import CONTEXT, GB, cache_bytes_per_token, memory_plan, model_shape
 from searchr1_lite.provenance import provenance
-from searchr1_lite.rollout.cuda_graphs import Record, cuda_graph
-from searchr1_lite.rollout.decoding import LocalSampler
-from searchr1_lite.rollout.dequantize import dequantized_weights
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy, autocast, load_policy, model_to_train
-from searchr1_lite.rollout.protocol import encode_prompt
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts.cuda_graphs import Record, cuda_graph
+from searchr1_lite.rollouts.decoding import LocalSampler
+from searchr1_lite.rollouts.dequantize import dequantized_weights
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import Policy, autocast, load_policy, model_to_train
+from searchr1_lite.rollouts.protocol import encode_prompt
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.training.loop import fit
 from searchr1_lite.training.record import Recorder
 from searchr1_lite.types import Hit, Passage, Question

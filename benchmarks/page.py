@@ -25,7 +25,7 @@ from searchr1_lite.analysis.page import Source, load_source, write_page
 from searchr1_lite.config import ROOT
 from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
-from searchr1_lite.rollout.protocol import render_prompt
+from searchr1_lite.rollouts.protocol import render_prompt
 
 TARGET = 3.0  # seconds from navigation to the list
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")

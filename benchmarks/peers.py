@@ -17,7 +17,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LogitsProce
 from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessor
 from workload import Scripted, TagStop, Work, Written
 
-from searchr1_lite.rollout.protocol import encode_observation, parse_action, render_observation, render_prompt
+from searchr1_lite.rollouts.protocol import encode_observation, parse_action, render_observation, render_prompt
 
 GENERATION = "search_r1/llm_agent/generation.py"  # in a checkout of Search-R1
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}

@@ -37,9 +37,9 @@ from searchr1_lite.config import ROOT, Profile, load_profile
 from searchr1_lite.files import write_json
 from searchr1_lite.provenance import provenance
 from searchr1_lite.retrieval.index import load_retriever
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy, load_policy, model_to_train, with_adapter
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import Policy, load_policy, model_to_train, with_adapter
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.tasks.questions import load_questions, question_order
 from searchr1_lite.training import losses
 from searchr1_lite.training.loop import Learner

@@ -16,7 +16,7 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from searchr1_lite.config import Profile
-from searchr1_lite.rollout.policy import Policy
+from searchr1_lite.rollouts.policy import Policy
 from searchr1_lite.training.trl_trainer import reward_of_rollout, trl_config
 
 LEAST_SHARED = 16  # tokens: what fewer of them take is less than a second call of the model

@@ -20,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Logits
 from searchr1_lite.config import Profile, load_profile, resolve_path
 from searchr1_lite.retrieval.corpus import load_corpus
 from searchr1_lite.retrieval.index import load_retriever
-from searchr1_lite.rollout.decoding import LocalSampler
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import CLOSING_TAGS, encode_prompt
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts.decoding import LocalSampler
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import Policy
+from searchr1_lite.rollouts.protocol import CLOSING_TAGS, encode_prompt
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.types import Question, Retriever
 

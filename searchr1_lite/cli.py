@@ -205,7 +205,9 @@ def page(
     """Write trajectories as one HTML file, to read and to filter."""
     from searchr1_lite.analysis.page import load_source, write_page
 
-    write_page(load_source(folder), out, load_source(against) if against else None)
+    sources = [load_source(one) for one in (folder, against) if one]
+    write_page(sources[0], out, sources[1] if against else None)
+    print(f"{out}: {sum(len(source.rows) for source in sources)} trajectories, {out.stat().st_size / 1e6:.1f} MB")
 
 
 @report.command()
@@ -240,7 +242,7 @@ def export(
     data_source: Annotated[str | None, Option(help="Of all rows; else each question's own.")] = None,
 ) -> None:
     """Write questions as the parquet file that Search-R1 and verl read."""
-    from searchr1_lite.tasks.export import export as write_parquet
+    from searchr1_lite.training.export import export as write_parquet
 
     write_parquet(questions, split, out, data_source)
 

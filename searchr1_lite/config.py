@@ -78,7 +78,7 @@ class Profile(BaseModel):
     rollout_rows: Positive  # trajectories written at the same time, in training and evaluation; the others wait
     sampling_weights: Literal["quantized", "dequantized"] = "dequantized"  # a 4-bit base while it writes
     cuda_graphs: bool = False  # on a GPU, repeat recorded steps instead of running Python for each token
-    sampler: Literal["local", "vllm"] = "local"  # what writes while training: see rollout/vllm.py
+    sampler: Literal["local", "vllm"] = "local"  # what writes while training: see rollouts/vllm.py
     vllm_url: str = "http://127.0.0.1:8000"
 
     # Learning

@@ -15,11 +15,11 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from searchr1_lite.config import ConfigError, Profile, retriever_parts
-from searchr1_lite.rollout.decoding import ENTRIES, READ_ENTRIES, READ_TOKENS
-from searchr1_lite.rollout.policy import load_skeleton
-from searchr1_lite.training.score import LOGITS
+from searchr1_lite.rollouts.decoding import ENTRIES, READ_ENTRIES, READ_TOKENS
+from searchr1_lite.rollouts.policy import load_skeleton
 
 GB = 1e9
+LOGITS = 2**25  # logits that exist at a time, at most: 128 MiB in 32 bits
 CONTEXT = 0.6e9  # CUDA's own context, cuBLAS' workspace and kernels; an allowance, 0.4 to 0.8 by card and driver
 ENCODER = 0.5e9  # e5-base-v2 in 32 bits (109 million parameters) and a batch of queries; an allowance
 TOGETHER = (
@@ -128,7 +128,7 @@ def _rollout(profile: Profile, shape: Shape) -> dict[str, float]:
     width, rows = _width(profile), profile.rollout_rows
     entries = -(-(profile.max_context_tokens + 1) // ENTRIES) * ENTRIES
     packed = profile.quantization == "nf4"
-    copied = (packed or width == 4) and profile.sampling_weights == "dequantized"  # rollout/dequantize.py
+    copied = (packed or width == 4) and profile.sampling_weights == "dequantized"  # rollouts/dequantize.py
     # Reading observations: in the MLP the gate and three results on the way up (base, LoRA, sum); in attention keys
     # and values repeated for every query head, which a mask asks for (transformers/integrations/sdpa_attention.py).
     tokens = min(READ_TOKENS, rows * profile.max_context_tokens)

@@ -8,8 +8,8 @@ import torch
 
 from searchr1_lite.config import ConfigError, Profile
 from searchr1_lite.errors import UserError
-from searchr1_lite.rollout.policy import load_skeleton
-from searchr1_lite.rollout.protocol import PROMPTS
+from searchr1_lite.rollouts.policy import load_skeleton
+from searchr1_lite.rollouts.protocol import PROMPTS
 
 
 class MemoryFullError(UserError):

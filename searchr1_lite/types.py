@@ -1,6 +1,6 @@
 """The few values that travel between the rooms of the package, all frozen.
 
-`Turn` and `Trajectory`, which only the rollout makes, are in `rollout/trajectory.py`.
+`Turn` and `Trajectory`, which only the rollout makes, are in `rollouts/trajectory.py`.
 """
 
 from dataclasses import dataclass, field

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from searchr1_lite.cli import main
 from searchr1_lite.config import ROOT, Profile, load_profile
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import INVALID_ACTION, PROMPT
+from searchr1_lite.rollouts.policy import Policy
+from searchr1_lite.rollouts.protocol import INVALID_ACTION, PROMPT
 from searchr1_lite.types import Hit, Passage
 
 QWEN_PATTERN = (

@@ -17,7 +17,7 @@ from searchr1_lite.evaluation.ask import END, ENVIRONMENT, MODEL, Notebook, Term
 from searchr1_lite.evaluation.evaluate import evaluate, load_adapted
 from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.retrieval.corpus import load_corpus
-from searchr1_lite.rollout.engine import PromptTooLongError, rollout
+from searchr1_lite.rollouts.engine import PromptTooLongError, rollout
 from searchr1_lite.tasks.questions import QuestionError, load_questions
 from searchr1_lite.types import Hit, Passage, QueryRefusedError, RetrievalError
 

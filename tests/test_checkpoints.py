@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from searchr1_lite.config import ROOT, Profile, load_profile
-from searchr1_lite.rollout.policy import Policy
+from searchr1_lite.rollouts.policy import Policy
 from searchr1_lite.runfolder import RunFolderError
 from searchr1_lite.training import loop, rewards
 from searchr1_lite.training.checkpoint import (

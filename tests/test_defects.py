@@ -21,11 +21,11 @@ from searchr1_lite.experiments.run import train_run
 from searchr1_lite.lab import defects
 from searchr1_lite.lab.defects import broken, train_broken
 from searchr1_lite.lab.profile import BrokenProfile, Defect, load_broken
-from searchr1_lite.rollout import engine
-from searchr1_lite.rollout.dequantize import merged_adapter
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.protocol import INVALID_ACTION, render_observation
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts import engine
+from searchr1_lite.rollouts.dequantize import merged_adapter
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.protocol import INVALID_ACTION, render_observation
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.runfolder import RunFolderError, check_same_run
 from searchr1_lite.training import loop, losses
 from searchr1_lite.training.losses import group_advantages

@@ -14,13 +14,13 @@ from test_loop import LOSS, QUESTIONS, a_learner, after_update, forged, gradient
 
 from searchr1_lite.analysis.runs import load_run
 from searchr1_lite.config import ConfigError, load_profile
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.steps import Rollouts
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import Policy
 from searchr1_lite.runfolder import RunFolderError
 from searchr1_lite.tasks.questions import QuestionError
 from searchr1_lite.training import demonstrations, loop
 from searchr1_lite.training.score import collate
+from searchr1_lite.training.steps import Rollouts
 from searchr1_lite.types import Hit, Passage, Question
 
 RIGHT = "<answer>a</answer>"

@@ -6,9 +6,9 @@ from conftest import make_model, make_tokenizer
 from peft import LoraConfig, get_peft_model
 
 from searchr1_lite.config import load_profile
-from searchr1_lite.rollout.dequantize import dequantized_weights
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy, load_policy
+from searchr1_lite.rollouts.dequantize import dequantized_weights
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import Policy, load_policy
 from searchr1_lite.types import Question
 
 IDS = torch.randint(0, 500, (2, 9), generator=torch.Generator().manual_seed(0))

@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from searchr1_lite.config import ConfigError
-from searchr1_lite.rollout.decoding import LocalSampler, Stops, _alike, _Cache
-from searchr1_lite.rollout.decoding import greedy as likeliest
-from searchr1_lite.rollout.engine import PromptTooLongError, rollout
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import (
+from searchr1_lite.rollouts.decoding import LocalSampler, Stops, _alike, _Cache
+from searchr1_lite.rollouts.decoding import greedy as likeliest
+from searchr1_lite.rollouts.engine import PromptTooLongError, rollout
+from searchr1_lite.rollouts.policy import Policy
+from searchr1_lite.rollouts.protocol import (
     INVALID_ACTION,
     encode_observation,
     encode_prompt,
     parse_action,
     render_observation,
 )
-from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.rollouts.trajectory import Trajectory, Turn
 from searchr1_lite.types import QueryRefusedError, Question, RetrievalError
 
 QUESTIONS = [

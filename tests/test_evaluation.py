@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from searchr1_lite.evaluation import evaluate as module
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate, figures, scored_row, summarise
 from searchr1_lite.evaluation.metrics import by_hops, macro_average, mean, seed_interval, share_interval
-from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.rollouts.trajectory import Trajectory, Turn
 from searchr1_lite.types import Question
 
 

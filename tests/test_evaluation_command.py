@@ -17,8 +17,8 @@ from searchr1_lite.evaluation import evaluate as command
 from searchr1_lite.evaluation.evaluate import evaluate
 from searchr1_lite.retrieval.bm25 import BM25Retriever
 from searchr1_lite.retrieval.corpus import load_corpus
-from searchr1_lite.rollout.policy import load_policy, with_adapter
-from searchr1_lite.rollout.rows import trajectory_to_row
+from searchr1_lite.rollouts.policy import load_policy, with_adapter
+from searchr1_lite.rollouts.rows import trajectory_to_row
 from searchr1_lite.tasks.questions import held_out, load_questions
 
 RUN = ROOT / "data/results/runs/tiny-masked-seed0"

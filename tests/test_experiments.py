@@ -344,6 +344,8 @@ def test_the_command_runs_each_and_writes_its_result(tmp_path, monkeypatch, caps
     searchr1("experiment", "topk", "--seeds", "3,4,5", "--partial")
     record = json.loads((tmp_path / "data/results/experiments/topk.json").read_text())
     assert not made and len(record["missing"]) == len(record["settings"])  # nothing is trained, the third seed lacks
+    with pytest.raises(SystemExit, match="error: ten_ways goes alone"):
+        searchr1("experiment", "mask", "ten_ways")
     with pytest.raises(SystemExit, match="error: no experiment 'maks'"):
         searchr1("experiment", "topk", "maks")
 
@@ -375,7 +377,11 @@ def test_trained_models_are_asked_again_where_an_experiment_says_so(tmp_path, mo
     (tmp_path / "logs").mkdir()
     command.train_run(profile, tmp_path / run, experiment.also_evaluate)
     assert asked == [("bm25", "greedy", tmp_path / run / "adapter")] and profile.retriever == "oracle"
-    assert run_entry(load_run(tmp_path / run))["again"] == {"exact_match": 0.25}
+    assert run_entry(load_run(tmp_path / run), True)["again"] == {"exact_match": 0.25}
+    assert "again" not in run_entry(load_run(tmp_path / run))
+    assert experiment.is_made(tmp_path / run) and load_experiment("mask").is_made(tmp_path / run)
+    (tmp_path / run / "again/evaluation.json").unlink()  # another experiment trained it, or this one was killed there
+    assert not experiment.is_made(tmp_path / run) and load_experiment("mask").is_made(tmp_path / run)
 
 
 def test_smoke_leaves_no_result_among_the_findings():

@@ -1,4 +1,4 @@
-"""tasks/export.py: the parquet that Search-R1 trains from, column for column, and back again without a loss."""
+"""training/export.py: the parquet that Search-R1 trains from, column for column, and back again without a loss."""
 
 import json
 from pathlib import Path
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from searchr1_lite.config import ROOT
-from searchr1_lite.tasks import export as module
-from searchr1_lite.tasks.export import export, training_table
 from searchr1_lite.tasks.questions import load_questions, read_questions
+from searchr1_lite.training import export as module
+from searchr1_lite.training.export import export, training_table
 from searchr1_lite.types import Question
 
 SHARED = Path(ROOT).parent / "shared/data"

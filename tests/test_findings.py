@@ -1,11 +1,11 @@
 """Verdicts on the paper's claims: hand-computed intervals, each form of a claim, and how honest three seeds are."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 import yaml
+from conftest import searchr1
 from scipy import stats
 
 from searchr1_lite.analysis import findings
@@ -201,12 +201,11 @@ def test_the_papers_scores_in_the_claims_are_those_of_the_committed_table():
 
 
 def test_the_command_writes_the_findings_and_a_picture_beside_each_result(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["findings", "x.json"])
     file, out = tmp_path / "experiments" / "dynamics.json", tmp_path / "findings"
     file.parent.mkdir()
     record = everything("dynamics")
     file.write_text(json.dumps(record))
-    findings.main([str(file), "--out", str(out)])
+    searchr1("report", "findings", file, "--out", out)
     found = json.loads(out.with_suffix(".json").read_text(), parse_constant=pytest.fail)
     made = load_claims("dynamics") + load_claims("untestable")
     assert [one["claim"] for one in found["claims"]] == [one["claim"] for one in made]
@@ -216,12 +215,12 @@ def test_the_command_writes_the_findings_and_a_picture_beside_each_result(tmp_pa
     assert table[0] == "5 agrees, 3 disagrees, 0 not separated, 11 not testable at this size, 0 not measured."
     assert len(table) == 4 + len(made) and all(row.count(" | ") == 4 for row in table[4:])
     assert "| **disagrees** | [dynamics](experiments/dynamics.json) |" in table[4]
-    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and file.with_suffix(".png").stat().st_size < 60_000
+    assert file.with_suffix(".png").read_bytes()[:4] == b"\x89PNG" and file.with_suffix(".png").stat().st_size < 250_000
     assert "disagrees      dynamics   First the responses get shorter" in capsys.readouterr().out
     record["arms"]["base"] = []  # partial: an arm without runs
     file.write_text(json.dumps(record | {"missing": ["base-seed0"]}))
-    findings.main([str(file), "--out", str(out)])
+    searchr1("report", "findings", file, "--out", out)
     assert "not measured   dynamics   First" in capsys.readouterr().out
     file.write_text(json.dumps(record))
     with pytest.raises(SystemExit, match=r"error: .*dynamics\.json: the arms have other seeds"):
-        findings.main([str(file), "--out", str(out)])
+        searchr1("report", "findings", file, "--out", out)

@@ -145,7 +145,7 @@ def test_repeated_ngrams_by_hand(text, share):
 
 
 def test_likelihood_of_right_and_wrong_answers_by_hand():
-    from searchr1_lite.rollout.trajectory import Trajectory, Turn
+    from searchr1_lite.rollouts.trajectory import Trajectory, Turn
     from searchr1_lite.types import Question
 
     def one(answer, logprobs):

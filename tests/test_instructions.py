@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from searchr1_lite.config import ROOT
 from searchr1_lite.evaluation.strategies import STRATEGIES, Search, Write
 from searchr1_lite.retrieval.bm25 import BM25Retriever
-from searchr1_lite.rollout.protocol import PROMPTS, encode_prompt, parse_action
+from searchr1_lite.rollouts.protocol import PROMPTS, encode_prompt, parse_action
 from searchr1_lite.tasks.answers import exact_match
 from searchr1_lite.tasks.toy_world import ToyWorld, ask
 

@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, Qwen2Config
 from searchr1_lite import memory
 from searchr1_lite.config import PROFILES, ROOT, ConfigError, load_profile
 from searchr1_lite.memory import check_memory, memory_plan, model_shape, nf4_bytes
-from searchr1_lite.rollout import decoding
-from searchr1_lite.rollout.dequantize import dequantized_weights
-from searchr1_lite.rollout.policy import Policy, load_policy
+from searchr1_lite.rollouts import decoding
+from searchr1_lite.rollouts.dequantize import dequantized_weights
+from searchr1_lite.rollouts.policy import Policy, load_policy
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from memory import CARDS, model_config, predicted  # benchmarks/memory.py

@@ -9,7 +9,7 @@ from searchr1_lite.config import load_profile
 from searchr1_lite.evaluation.strategies import STRATEGIES
 from searchr1_lite.experiments import methods
 from searchr1_lite.experiments.methods import METHODS, instruct_model, profile_of, run_ten_ways
-from searchr1_lite.rollout.protocol import PROMPTS
+from searchr1_lite.rollouts.protocol import PROMPTS
 
 SMALL = {"quantization": "none", "eval_questions": 3, "steps": 1, "questions_per_step": 2, "group_size": 2, "lora_r": 2}
 

@@ -23,7 +23,7 @@ from synthetic_runs import write_run
 from searchr1_lite.analysis import page as pages
 from searchr1_lite.analysis.page import RunError, Source, load_source, write_page
 from searchr1_lite.config import ROOT
-from searchr1_lite.rollout.protocol import render_observation, render_prompt
+from searchr1_lite.rollouts.protocol import render_observation, render_prompt
 from searchr1_lite.tasks.answers import last_answer
 from searchr1_lite.types import Hit, Passage
 

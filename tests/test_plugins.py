@@ -14,7 +14,7 @@ from searchr1_lite.files import read_rows
 from searchr1_lite.plugins import PluginError, load_plugin, make_retriever
 from searchr1_lite.retrieval.index import load_retriever
 from searchr1_lite.retrieval.rerank import Hybrid
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.training.rewards import trajectory_reward
 from searchr1_lite.types import Passage, Question
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from searchr1_lite.config import load_profile
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import PolicyError, load_policy, with_adapter
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import PolicyError, load_policy, with_adapter
 from searchr1_lite.types import Question
 
 

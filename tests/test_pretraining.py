@@ -10,7 +10,7 @@ from transcripts import HABITS, Writer
 
 from searchr1_lite.config import ROOT
 from searchr1_lite.retrieval.bm25 import BM25Retriever
-from searchr1_lite.rollout.protocol import parse_action
+from searchr1_lite.rollouts.protocol import parse_action
 from searchr1_lite.tasks.answers import exact_match
 from searchr1_lite.tasks.toy_world import ToyWorld
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import searchr1_lite.config
 from searchr1_lite.evaluation.strategies import RAG_PROMPT
-from searchr1_lite.rollout.protocol import (
+from searchr1_lite.rollouts.protocol import (
     INVALID_ACTION,
     encode_observation,
     encode_prompt,

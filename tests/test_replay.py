@@ -18,10 +18,10 @@ from conftest import make_tokenizer, original
 
 from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.retrieval.corpus import join_contents, split_contents
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import parse_action
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import Policy
+from searchr1_lite.rollouts.protocol import parse_action
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.types import Hit, Passage, Question
 
 WIKI18 = Path(ROOT).parent / "shared/data/wiki18"

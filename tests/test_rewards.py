@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_lite.config import ROOT
-from searchr1_lite.rollout.protocol import INVALID_ACTION, render_prompt
-from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.rollouts.protocol import INVALID_ACTION, render_prompt
+from searchr1_lite.rollouts.trajectory import Trajectory, Turn
 from searchr1_lite.tasks.answers import exact_match, f1, last_answer, normalize_answer, substring_match
 from searchr1_lite.training.rewards import format_reward, has_valid_format, read_with_prompt, trajectory_reward
 from searchr1_lite.types import Question

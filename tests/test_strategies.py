@@ -8,10 +8,10 @@ from searchr1_lite.evaluation.evaluate import evaluate, scored_row
 from searchr1_lite.evaluation.strategies import STRATEGIES, Search, Write, answer, first_sentence
 from searchr1_lite.preflight import check_settings
 from searchr1_lite.retrieval.controls import Empty
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import load_policy
-from searchr1_lite.rollout.protocol import PROMPTS, encode_prompt
-from searchr1_lite.rollout.rows import token_pieces
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import load_policy
+from searchr1_lite.rollouts.protocol import PROMPTS, encode_prompt
+from searchr1_lite.rollouts.rows import token_pieces
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.types import Hit, Passage, QueryRefusedError, RetrievalError
 

@@ -9,6 +9,7 @@ import re
 import matplotlib.pyplot as plt
 import pytest
 import yaml
+from conftest import searchr1
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -111,7 +112,7 @@ def test_cells_by_hand(comparison):
 
 
 def test_every_cell_comes_again_from_the_file_alone(comparison, tmp_path):
-    table.main([str(comparison), "--out", str(tmp_path / "results/ten")])
+    searchr1("report", "table", comparison, "--out", tmp_path / "results/ten")
     record = json.loads((tmp_path / "results/ten.json").read_text())
     assert table.statistics(record) == record["statistics"]
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
@@ -328,5 +329,5 @@ def test_the_papers_averages_are_those_of_its_rows():
 
 def test_the_command_says_what_is_wrong_in_one_line(tmp_path):
     with pytest.raises(SystemExit, match=r"error: .*no comparison is here"):
-        table.main([str(tmp_path), "--out", str(tmp_path / "x")])
+        searchr1("report", "table", tmp_path, "--out", tmp_path / "x")
     assert not list(tmp_path.iterdir())

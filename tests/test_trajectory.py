@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from searchr1_lite.rollout.rows import trajectory_to_row
-from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.rollouts.rows import trajectory_to_row
+from searchr1_lite.rollouts.trajectory import Trajectory, Turn
 from searchr1_lite.types import Hit, Passage, Question
 
 QUESTION = Question("q7", "Who?", ("she",))

@@ -11,7 +11,7 @@ from test_loop import LOSS, QUESTIONS, SMALL, forged, rows
 from trl import GRPOTrainer
 
 from searchr1_lite.config import ConfigError, load_profile
-from searchr1_lite.rollout.policy import load_policy
+from searchr1_lite.rollouts.policy import load_policy
 from searchr1_lite.training import loop, losses, trl_trainer
 from searchr1_lite.training.record import Recorder
 from searchr1_lite.training.rewards import group_rewards

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from searchr1_lite.analysis.viewer import passages
-from searchr1_lite.rollout.protocol import INVALID_ACTION, render_observation
+from searchr1_lite.rollouts.protocol import INVALID_ACTION, render_observation
 from searchr1_lite.types import Hit, Passage
 
 TITLES = st.text(st.characters(codec="utf-8", exclude_characters="\n"), max_size=8)

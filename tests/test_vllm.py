@@ -23,12 +23,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 
-from searchr1_lite.rollout import vllm
-from searchr1_lite.rollout.decoding import LocalSampler
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import INVALID_ACTION, encode_observation, render_observation
-from searchr1_lite.rollout.vllm import VLLMError, VLLMSampler
+from searchr1_lite.rollouts import vllm
+from searchr1_lite.rollouts.decoding import LocalSampler
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import Policy
+from searchr1_lite.rollouts.protocol import INVALID_ACTION, encode_observation, render_observation
+from searchr1_lite.rollouts.vllm import VLLMError, VLLMSampler
 from searchr1_lite.training import loop, rewards
 from searchr1_lite.training.score import score
 from searchr1_lite.types import Question
@@ -239,7 +239,7 @@ def make_sampler(request, policy, profile):
     if request.param == "local":
 
         def make(greedy: bool = False):
-            from searchr1_lite.rollout.decoding import greedy as likeliest
+            from searchr1_lite.rollouts.decoding import greedy as likeliest
 
             return LocalSampler(policy, 8, MAX_TOKENS, likeliest if greedy else None, TEMPERATURE)
 

@@ -18,8 +18,8 @@ from searchr1_lite.config import Profile, load_profile
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate
 from searchr1_lite.files import write_json
 from searchr1_lite.retrieval.bm25 import BM25Retriever
-from searchr1_lite.rollout.policy import Policy, environment, load_policy
-from searchr1_lite.rollout.protocol import encode_prompt
+from searchr1_lite.rollouts.policy import Policy, environment, load_policy
+from searchr1_lite.rollouts.protocol import encode_prompt
 from searchr1_lite.tasks.answers import exact_match
 from searchr1_lite.tasks.questions import load_questions
 from searchr1_lite.tasks.toy_world import ToyWorld

@@ -27,7 +27,7 @@ from transcripts import HABITS, PRACTICE_HABITS, Segment, Writer, state
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from searchr1_lite.retrieval.bm25 import BM25Retriever
-from searchr1_lite.rollout.protocol import encode_prompt
+from searchr1_lite.rollouts.protocol import encode_prompt
 from searchr1_lite.tasks.toy_world import ToyWorld
 
 TOPK = 3

@@ -10,7 +10,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transcripts import need, state
 from transformers import Qwen2TokenizerFast
 
-from searchr1_lite.rollout.protocol import INVALID_ACTION, render_prompt
+from searchr1_lite.rollouts.protocol import INVALID_ACTION, render_prompt
 from searchr1_lite.tasks.toy_world import ToyWorld
 
 VOCABULARY = 1024

@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from itertools import pairwise
 
-from searchr1_lite.rollout.protocol import INVALID_ACTION, render_observation
+from searchr1_lite.rollouts.protocol import INVALID_ACTION, render_observation
 from searchr1_lite.tasks.toy_world import JOBS, RELATIONS, Fact, ToyWorld, ask, invent_name
 from searchr1_lite.types import Hit, Retriever
 

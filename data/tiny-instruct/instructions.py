@@ -20,7 +20,7 @@ from transformers import Qwen2ForCausalLM
 from searchr1_lite.config import ROOT, load_profile
 from searchr1_lite.evaluation import strategies
 from searchr1_lite.evaluation.strategies import STRATEGIES, Search, Write
-from searchr1_lite.rollout.protocol import encode_message, encode_prompt, render_prompt
+from searchr1_lite.rollouts.protocol import encode_message, encode_prompt, render_prompt
 from searchr1_lite.tasks.toy_world import Fact, ask
 
 sys.path.insert(0, str(ROOT / "data/tiny-base"))

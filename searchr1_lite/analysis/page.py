@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from searchr1_lite.analysis.runs import RunError, read_mapping
 from searchr1_lite.analysis.viewer import passages
 from searchr1_lite.files import read_rows, write_whole
-from searchr1_lite.rollout.protocol import PROMPTS, render_prompt
+from searchr1_lite.rollouts.protocol import PROMPTS, render_prompt
 
 Row = dict[str, Any]
 
@@ -150,7 +150,6 @@ def write_page(rows: Sequence[Row] | Source, out: Path, against: Sequence[Row] |
     data = [pack(index), *(pack([detail(row) for _, row in part]) for part in parts)]
     out = Path(out)
     write_whole(out, _fill(TEMPLATE.read_text(encoding="utf-8"), data))
-    print(f"{out}: {len(everything)} trajectories, {out.stat().st_size / 1e6:.1f} MB")
     return out
 
 

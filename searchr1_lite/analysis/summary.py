@@ -16,7 +16,6 @@ from searchr1_lite.config import Profile
 from searchr1_lite.evaluation.metrics import mean, seed_interval
 from searchr1_lite.files import write_whole
 from searchr1_lite.provenance import command
-from searchr1_lite.runfolder import is_finished
 
 # Columns of metrics.jsonl that are kept, where a run has them; searches_by_hops.1 and so on as well
 CURVES = ("reward", "exact_match", "searches", "response_length", "invalid_actions", "answer_rate", "entropy", "kl")
@@ -34,8 +33,8 @@ def curve_measures(exact_match: Sequence[float]) -> dict[str, float]:
     return {"speed": mean(exact_match), "peak": max(windows), "drop": max(windows) - windows[-1]}
 
 
-def run_entry(run: Run) -> dict[str, Any]:
-    """What is kept of one run; RunError if it is not finished.
+def run_entry(run: Run, with_again: bool = False) -> dict[str, Any]:
+    """What is kept of one run, `with_again` what it was asked once more; RunError if it is not finished.
 
     Of the measures, final, searches, length (the model's own tokens) and answer_rate are of held-out questions; curves
     and measures have four significant digits.
@@ -57,7 +56,7 @@ def run_entry(run: Run) -> dict[str, Any]:
     text = json.dumps(rounded)
     rounded = json.loads(text, parse_float=lambda x: float(f"{float(x):.4g}"), parse_constant=lambda _: None)
     again = run.folder / "again" / "evaluation.json"
-    more = {"again": json.loads(again.read_text(encoding="utf-8"))["greedy"]} if again.is_file() else {}
+    more = {"again": json.loads(again.read_text(encoding="utf-8"))["greedy"]} if with_again else {}
     kept = ("profile", "seed", "masked", "steps", "quantization")
     profile = run.profile | {"profile": run.profile["name"], "steps": int(run.metrics.index[-1])}
     profile |= {"quantization": run.environment.get("quantization", run.profile.get("quantization"))}
@@ -105,7 +104,7 @@ def sum_up(experiment: Any, runs_folder: Path, partial: bool = False) -> dict[st
     experiment's, or two with different versions, and for a run folder that cannot be read.
     """
     planned = experiment.runs()
-    missing = [name for name in planned if not is_finished(runs_folder / name)]
+    missing = [name for name in planned if not experiment.is_made(runs_folder / name)]
     if missing and not (partial and len(missing) < len(planned)):
         few = f"{len(missing)} of {len(planned)} runs are missing: {', '.join(missing)}"
         raise RunError(f"{experiment.name}: {few}; run it, or sum up what is there (--partial)")
@@ -115,7 +114,8 @@ def sum_up(experiment: Any, runs_folder: Path, partial: bool = False) -> dict[st
         settings = younger | run.profile  # a setting younger than the run had its default
         if other := [key for key, value in planned[run.name][1] if settings.get(key) != value]:
             raise RunError(f"{run.folder}: made with another {', '.join(other)}; delete it to train it again")
-    arms = {arm: [run_entry(run) for run in runs if planned[run.name][0] == arm] for arm in experiment.arms}
+    again = bool(experiment.also_evaluate)
+    arms = {arm: [run_entry(run, again) for run in runs if planned[run.name][0] == arm] for arm in experiment.arms}
     options = f"--seeds {','.join(map(str, experiment.seeds))}{' --partial' * bool(missing)}"
     return {
         **_newest(runs),

@@ -23,12 +23,12 @@ from searchr1_lite.evaluation.evaluate import Answered, load_adapted
 from searchr1_lite.evaluation.strategies import STRATEGIES, answer
 from searchr1_lite.printable import printable
 from searchr1_lite.retrieval.index import load_retriever
-from searchr1_lite.rollout.cuda_graphs import cuda_graph
-from searchr1_lite.rollout.decoding import LocalSampler, decode
-from searchr1_lite.rollout.decoding import greedy as likeliest
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import MARKS
+from searchr1_lite.rollouts.cuda_graphs import cuda_graph
+from searchr1_lite.rollouts.decoding import LocalSampler, decode
+from searchr1_lite.rollouts.decoding import greedy as likeliest
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import Policy
+from searchr1_lite.rollouts.protocol import MARKS
 from searchr1_lite.tasks.answers import last_answer
 from searchr1_lite.tasks.questions import QuestionError
 from searchr1_lite.types import Question, Retriever

@@ -31,10 +31,10 @@ from searchr1_lite.printable import printable
 from searchr1_lite.retrieval.batching import cached
 from searchr1_lite.retrieval.controls import Empty
 from searchr1_lite.retrieval.index import load_retriever
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy, PolicyError, environment, load_policy, with_adapter
-from searchr1_lite.rollout.rows import trajectory_to_row
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import Policy, PolicyError, environment, load_policy, with_adapter
+from searchr1_lite.rollouts.rows import trajectory_to_row
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.runfolder import RunFolderError, check_same_run, fingerprint, is_finished, read_json
 from searchr1_lite.tasks.answers import exact_match, f1, substring_match
 from searchr1_lite.tasks.questions import QuestionError, held_out

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from searchr1_lite.evaluation.metrics import by_hops, mean
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.tasks.answers import exact_match
 
 

@@ -1,6 +1,6 @@
 """Ways to answer a question with the same model and the same search: what Search-R1 is compared with.
 
-Three are no more than a prompt (rollout/protocol.py): "direct", "cot" and "r1", which is also how a model answers that
+Three are no more than a prompt (rollouts/protocol.py): "direct", "cot" and "r1", which is also how a model answers that
 was trained without search. "search_r1" is the engine's own rollout. The others are the functions here. Each is written
 for one question: it yields what it wants next, a search or a text to be written, is sent what came of it, and returns
 the text that holds the answer. `answer` works through many questions at once.
@@ -18,17 +18,17 @@ from typing import Any, NamedTuple
 
 from searchr1_lite.config import Profile
 from searchr1_lite.retrieval.batching import Batcher
-from searchr1_lite.rollout.dequantize import dequantized_weights
-from searchr1_lite.rollout.engine import context_limit, rollout
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import (
+from searchr1_lite.rollouts.dequantize import dequantized_weights
+from searchr1_lite.rollouts.engine import context_limit, rollout
+from searchr1_lite.rollouts.policy import Policy
+from searchr1_lite.rollouts.protocol import (
     encode_message,
     parse_action,
     question_text,
     render_observation,
     render_passages,
 )
-from searchr1_lite.rollout.trajectory import HasTurns, Trajectory, Turn
+from searchr1_lite.rollouts.trajectory import HasTurns, Trajectory, Turn
 from searchr1_lite.tasks.answers import last_answer
 from searchr1_lite.types import Hit, QueryRefusedError, Question, Retriever
 

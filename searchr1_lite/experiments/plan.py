@@ -14,6 +14,7 @@ from searchr1_lite.analysis.runs import read_mapping
 from searchr1_lite.config import ROOT, ConfigError, Profile, load_profile
 from searchr1_lite.errors import UserError
 from searchr1_lite.lab.profile import load_broken
+from searchr1_lite.runfolder import is_finished
 
 BASE = {"steps": 24, "questions_per_step": 6, "group_size": 5}
 FOLDER = Path(__file__).parent
@@ -48,6 +49,11 @@ class Experiment(BaseModel):
     def _can_be_run(self) -> "Experiment":
         self.runs()
         return self
+
+    def is_made(self, run_folder: Path) -> bool:
+        """Whether a run is trained, and asked again where the experiment wants it (another may have trained it)."""
+        asked = not self.also_evaluate or (run_folder / "again" / "evaluation.json").is_file()
+        return is_finished(run_folder) and asked
 
     def runs(self) -> dict[str, tuple[str, Profile]]:
         """Arm and profile of each run, by the name of its folder.

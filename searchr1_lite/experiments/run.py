@@ -29,7 +29,6 @@ from searchr1_lite.experiments.plan import (
     load_experiment,
     overview,
 )
-from searchr1_lite.runfolder import is_finished
 
 WORKER = "searchr1_lite.experiments.run"  # a module with train_run(profile, run_folder, also)
 TRAINER = ["searchr1_lite.training.loop", "searchr1_lite.lab.defects"]  # what it needs, loaded once
@@ -44,6 +43,8 @@ def run_experiments(names: Sequence[str], seeds: Sequence[int], partial: bool = 
     if TEN_WAYS in names:
         from searchr1_lite.experiments.methods import run_ten_ways
 
+        if len(names) > 1 or partial:
+            raise ExperimentError("ten_ways goes alone, and as a whole: searchr1 experiment ten_ways, with --seeds")
         run_ten_ways(ROOT / "runs/ten-ways", seeds or [0, 1, 2])
         return print("next: searchr1 report table runs/ten-ways --out data/results/ten_ways")
     chosen = experiment_names() if not names or "all" in names else list(dict.fromkeys(names))
@@ -69,7 +70,7 @@ def run_experiment(experiment: Experiment, runs_folder: Path, workers: int = 2, 
     What a run prints is in `runs_folder/logs`. Interrupted, it ends the processes; the next call goes on.
     """
     planned = experiment.runs()
-    waiting = [run for run in planned if not is_finished(runs_folder / run)]
+    waiting = [run for run in planned if not experiment.is_made(runs_folder / run)]
     print(f"{experiment.name}: {len(waiting)} of {len(planned)} runs to make, {workers} at a time", flush=True)
     (runs_folder / "logs").mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
@@ -92,7 +93,7 @@ def run_experiment(experiment: Experiment, runs_folder: Path, workers: int = 2, 
                 made += 1
                 left = (time.monotonic() - began) / made * (len(waiting) + len(going)) / 60
                 outcome = "finished"
-                if process.exitcode or not is_finished(runs_folder / run):
+                if process.exitcode or not experiment.is_made(runs_folder / run):
                     last = log.read_text(encoding="utf-8", errors="replace").strip().rpartition("\n")[2]
                     outcome = f"FAILED: {last} (exit status {process.exitcode}, {log})"
                     failed.append(f"{run} {outcome}")

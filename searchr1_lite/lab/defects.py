@@ -25,10 +25,10 @@ from transformers import AutoTokenizer
 
 from searchr1_lite.config import resolve_path
 from searchr1_lite.lab.profile import BrokenProfile
-from searchr1_lite.rollout import engine
-from searchr1_lite.rollout.decoding import LocalSampler, Stops, decode
-from searchr1_lite.rollout.policy import Policy, model_to_train
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts import engine
+from searchr1_lite.rollouts.decoding import LocalSampler, Stops, decode
+from searchr1_lite.rollouts.policy import Policy, model_to_train
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.training import loop, losses
 from searchr1_lite.training.losses import group_advantages
 from searchr1_lite.training.score import Batch, collate

@@ -61,6 +61,18 @@ def join_contents(passage: Passage) -> str:
     return f"{passage.title_line}\n{passage.text}"
 
 
+def in_shards(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
+    """The passages, `size` at a time."""
+    shard = []
+    for passage in passages:
+        shard.append(passage)
+        if len(shard) == size:
+            yield shard
+            shard = []
+    if shard:
+        yield shard
+
+
 def corpus_checksum(passages: Iterable[Passage]) -> str:
     """SHA-256 over ids, titles and texts in order; any change or another order gives another checksum."""
     digest = hashlib.sha256()

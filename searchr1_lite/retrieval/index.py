@@ -28,7 +28,7 @@ from searchr1_lite.files import write_json
 from searchr1_lite.plugins import make_retriever
 from searchr1_lite.retrieval import bm25
 from searchr1_lite.retrieval.controls import Empty, Oracle, Random
-from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, load_corpus, read_corpus
+from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, in_shards, load_corpus, read_corpus
 from searchr1_lite.types import Passage, Retriever
 
 FORMAT = 3
@@ -76,17 +76,6 @@ def write_passages(passages: Iterable[Passage], file: Path) -> None:
             writer.write(pa.record_batch(columns, schema=SCHEMA))
     if not seen:
         raise CorpusError("nothing to index: no passages")
-
-
-def in_shards(passages: Iterable[Passage], size: int) -> Iterator[list[Passage]]:
-    shard = []
-    for passage in passages:
-        shard.append(passage)
-        if len(shard) == size:
-            yield shard
-            shard = []
-    if shard:
-        yield shard
 
 
 def build_index(

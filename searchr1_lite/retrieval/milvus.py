@@ -25,10 +25,9 @@ from searchr1_lite.config import resolve_path
 from searchr1_lite.errors import UserError
 from searchr1_lite.files import read_rows
 from searchr1_lite.retrieval.bm25 import K1, B, tokenize
-from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, passage_of
+from searchr1_lite.retrieval.corpus import CorpusError, corpus_checksum, in_shards, passage_of
 from searchr1_lite.retrieval.dense import EF_CONSTRUCTION, EF_SEARCH, checked, encode
 from searchr1_lite.retrieval.encoders import Encoder, load_encoder
-from searchr1_lite.retrieval.index import in_shards
 from searchr1_lite.types import Hit, Passage, RetrievalError
 
 SEARCHES = ("fused", "dense", "bm25")

@@ -21,12 +21,12 @@ from accelerate.utils import gather_object
 from searchr1_lite.config import ConfigError, Profile
 from searchr1_lite.files import read_rows, write_whole
 from searchr1_lite.retrieval.batching import cached
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import encode_prompt
-from searchr1_lite.rollout.rows import TOKENS, row_to_trajectory, trajectory_to_row
-from searchr1_lite.rollout.trajectory import Trajectory, Turn
-from searchr1_lite.rollout.vllm import VLLMSampler
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import Policy
+from searchr1_lite.rollouts.protocol import encode_prompt
+from searchr1_lite.rollouts.rows import TOKENS, row_to_trajectory, trajectory_to_row
+from searchr1_lite.rollouts.trajectory import Trajectory, Turn
+from searchr1_lite.rollouts.vllm import VLLMSampler
 from searchr1_lite.runfolder import RunFolderError
 from searchr1_lite.tasks.answers import exact_match
 from searchr1_lite.tasks.questions import QuestionError

@@ -12,7 +12,7 @@ from searchr1_lite.config import Profile
 from searchr1_lite.evaluation.evaluate import closed_book, evaluate, summarise
 from searchr1_lite.files import write_json
 from searchr1_lite.preflight import memory_for
-from searchr1_lite.rollout.policy import Policy
+from searchr1_lite.rollouts.policy import Policy
 from searchr1_lite.runfolder import read_json
 from searchr1_lite.training.early_stop import STOPPED
 from searchr1_lite.training.record import append_trajectories

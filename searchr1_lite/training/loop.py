@@ -1,6 +1,6 @@
 """Training, the whole of it: roll out, reward, advantage, loss, update, record, save; and going on after a cut.
 
-What a step computes is in the files named by its lines: rollout/engine.py, rewards.py, score.py, losses.py. A step is
+What a step computes is in the files named by its lines: rollouts/engine.py, rewards.py, score.py, losses.py. A step is
 one batch of rollouts and the `updates_per_rollout` optimizer updates made from it. Started by `accelerate launch`,
 every process works on its share of the questions and gradients are added up: the result is that of one process (with
 several updates from a batch, their rows are drawn within each process's share).
@@ -28,8 +28,8 @@ from searchr1_lite.plugins import load_plugin
 from searchr1_lite.preflight import check_processes, check_settings, memory_for
 from searchr1_lite.retrieval.batching import cached
 from searchr1_lite.retrieval.index import load_retriever
-from searchr1_lite.rollout.dequantize import merged_adapter
-from searchr1_lite.rollout.policy import (
+from searchr1_lite.rollouts.dequantize import merged_adapter
+from searchr1_lite.rollouts.policy import (
     Policy,
     autocast,
     choose_device,
@@ -38,7 +38,6 @@ from searchr1_lite.rollout.policy import (
     model_to_train,
     save_weights,
 )
-from searchr1_lite.rollout.steps import Rollouts
 from searchr1_lite.runfolder import check_same_run, fingerprint, is_finished
 from searchr1_lite.tasks.questions import held_out, load_questions, question_order
 from searchr1_lite.training import losses, trl_trainer
@@ -49,6 +48,7 @@ from searchr1_lite.training.held_out import HeldOut
 from searchr1_lite.training.record import Figures, Recorder
 from searchr1_lite.training.rewards import group_rewards
 from searchr1_lite.training.score import Batch, ValueHead, collate, score, split_rows
+from searchr1_lite.training.steps import Rollouts
 from searchr1_lite.types import Question, Retriever
 
 # An update may move a value by about this much: Adam moves each of the `hidden` weights, which read features of about

@@ -24,8 +24,8 @@ from searchr1_lite.config import REINFORCED, Profile
 from searchr1_lite.evaluation.metrics import mean
 from searchr1_lite.evaluation.rollout_metrics import rollout_metrics
 from searchr1_lite.files import append_rows
-from searchr1_lite.rollout.rows import trajectory_to_row
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts.rows import trajectory_to_row
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.tasks.answers import exact_match
 from searchr1_lite.training import losses
 from searchr1_lite.training.score import Batch

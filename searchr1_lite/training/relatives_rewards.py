@@ -2,7 +2,7 @@
 
 import re
 
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.tasks.answers import stands_in
 
 CONSOLATION = 0.1  # for a wrong answer: in right format (ReSearch), or that stood in the refine step (AutoRefine)

@@ -16,8 +16,8 @@ from statistics import fmean
 from searchr1_lite.config import PLUGIN, Profile
 from searchr1_lite.errors import UserError
 from searchr1_lite.plugins import PluginError, load_plugin
-from searchr1_lite.rollout.protocol import render_prompt
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts.protocol import render_prompt
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.tasks.answers import ANSWER, exact_match, f1, last_answer, stands_in, substring_match
 from searchr1_lite.training.relatives_rewards import autorefine_reward, r1_searcher_reward, research_reward
 

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from searchr1_lite.rollout.trajectory import Trajectory
-
-LOGITS = 2**25  # logits that exist at a time, at most: 128 MiB in 32 bits
+from searchr1_lite.memory import LOGITS
+from searchr1_lite.rollouts.trajectory import Trajectory
 
 
 @dataclass(slots=True)

@@ -22,8 +22,8 @@ from accelerate import PartialState
 from transformers import PrinterCallback, TrainerCallback
 
 from searchr1_lite.config import ConfigError, Profile
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.trajectory import Trajectory
+from searchr1_lite.rollouts.policy import Policy
+from searchr1_lite.rollouts.trajectory import Trajectory
 from searchr1_lite.training.checkpoint import mark_checkpoint
 from searchr1_lite.training.record import Recorder
 from searchr1_lite.training.rewards import group_rewards

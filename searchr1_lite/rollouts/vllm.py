@@ -32,14 +32,14 @@ import numpy as np
 
 from searchr1_lite.config import Profile, resolve_path
 from searchr1_lite.errors import UserError
-from searchr1_lite.rollout.decoding import Stops
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import CLOSING_TAGS
+from searchr1_lite.rollouts.decoding import Stops
+from searchr1_lite.rollouts.policy import Policy
+from searchr1_lite.rollouts.protocol import CLOSING_TAGS
 
 SECONDS = 600  # for one request, which may queue on the server
 WAITS = (0.5, 1, 2, 4, 8)  # seconds before the next try, where nothing listens or the server is not ready
 MOMENT = 0.005  # seconds that `advance` waits for a turn to end
-COMMAND = "the command is at the top of searchr1_lite/rollout/vllm.py"
+COMMAND = "the command is at the top of searchr1_lite/rollouts/vllm.py"
 HELP = (
     f"Is a vLLM server there, alive, and started for adapters of this rank in a folder that it sees ({COMMAND})? Its "
     "log may say more. One that was started again has lost its adapters: start the run again, too"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.rollouts.trajectory import Trajectory, Turn
 from searchr1_lite.types import Hit, Passage, Question
 
 TOKENS = ("prompt_ids", "completion_ids", "loss_mask", "logprobs")  # what a row of demonstrations has beside the others

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from searchr1_lite.rollout.policy import Policy
+from searchr1_lite.rollouts.policy import Policy
 
 Record = Callable[[Callable[[], torch.Tensor]], Callable[[], torch.Tensor]]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import parquet
 
-from searchr1_lite.rollout.protocol import render_prompt
+from searchr1_lite.rollouts.protocol import render_prompt
 from searchr1_lite.tasks.questions import EVALUATION, Named, keep_apart, load_by_set
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from transformers import Cache
 
-from searchr1_lite.rollout.cuda_graphs import Record, Recorded
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import CLOSING_TAGS
+from searchr1_lite.rollouts.cuda_graphs import Record, Recorded
+from searchr1_lite.rollouts.policy import Policy
+from searchr1_lite.rollouts.protocol import CLOSING_TAGS
 
 Pick = Callable[[torch.Tensor, list[int]], tuple[torch.Tensor, torch.Tensor]]
 READ_TOKENS = 8192  # tokens of prompts or observations in one forward, at most; a longer one goes alone

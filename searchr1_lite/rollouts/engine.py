@@ -21,12 +21,12 @@ import torch
 from searchr1_lite.config import ConfigError, Profile
 from searchr1_lite.errors import UserError
 from searchr1_lite.retrieval.batching import Batcher
-from searchr1_lite.rollout.cuda_graphs import cuda_graph
-from searchr1_lite.rollout.decoding import LocalSampler, decode
-from searchr1_lite.rollout.decoding import greedy as likeliest
-from searchr1_lite.rollout.dequantize import dequantized_weights
-from searchr1_lite.rollout.policy import Policy
-from searchr1_lite.rollout.protocol import (
+from searchr1_lite.rollouts.cuda_graphs import cuda_graph
+from searchr1_lite.rollouts.decoding import LocalSampler, decode
+from searchr1_lite.rollouts.decoding import greedy as likeliest
+from searchr1_lite.rollouts.dequantize import dequantized_weights
+from searchr1_lite.rollouts.policy import Policy
+from searchr1_lite.rollouts.protocol import (
     INVALID_ACTION,
     PROMPTS,
     encode_observation,
@@ -34,7 +34,7 @@ from searchr1_lite.rollout.protocol import (
     parse_action,
     render_observation,
 )
-from searchr1_lite.rollout.trajectory import Trajectory, Turn
+from searchr1_lite.rollouts.trajectory import Trajectory, Turn
 from searchr1_lite.types import QueryRefusedError, Question, Retriever
 
 

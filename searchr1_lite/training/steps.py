@@ -16,10 +16,10 @@ from searchr1_lite.config import REINFORCED, Profile
 from searchr1_lite.preflight import memory_for
 from searchr1_lite.retrieval.controls import Noisy, noise_share
 from searchr1_lite.retrieval.corpus import load_corpus
-from searchr1_lite.rollout.engine import rollout
-from searchr1_lite.rollout.policy import Policy, autocast
-from searchr1_lite.rollout.trajectory import Trajectory
-from searchr1_lite.rollout.vllm import VLLMSampler
+from searchr1_lite.rollouts.engine import rollout
+from searchr1_lite.rollouts.policy import Policy, autocast
+from searchr1_lite.rollouts.trajectory import Trajectory
+from searchr1_lite.rollouts.vllm import VLLMSampler
 from searchr1_lite.types import Question, Retriever
 
 
