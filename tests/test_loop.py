@@ -17,13 +17,12 @@ from test_dequantize import IDS, adapted, plain_layers
 from searchr1_lite.config import ConfigError, load_profile
 from searchr1_lite.evaluation.rollout_metrics import rollout_metrics
 from searchr1_lite.preflight import MemoryFullError, check_settings
-from searchr1_lite.rollouts import steps
 from searchr1_lite.rollouts.dequantize import merged_adapter
 from searchr1_lite.rollouts.engine import rollout
 from searchr1_lite.rollouts.policy import Policy, load_policy, model_to_train
 from searchr1_lite.rollouts.trajectory import Trajectory, Turn
 from searchr1_lite.tasks.questions import held_out, question_order
-from searchr1_lite.training import loop, rewards
+from searchr1_lite.training import loop, rewards, steps
 from searchr1_lite.training import score as score_module
 from searchr1_lite.training.record import Figures, Recorder
 from searchr1_lite.training.rewards import group_rewards

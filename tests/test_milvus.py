@@ -146,9 +146,7 @@ def test_ids_used_twice_and_texts_too_long_are_refused(tmp_path):
         load_corpus_into(long, f"milvus:{tmp_path}/l.db", "0", 4)
 
 
-@pytest.mark.parametrize(
-    "address", ["milvus:", "milvus:a.json", "milvus:http://h:1", "milvus:http://h/a/b", "milvus:a.db?x"]
-)
+@pytest.mark.parametrize("place", ["", "a.json", "http://h:1", "http://h/a/b", "a.db?x", "a.db?search=all"])
 def test_addresses_that_are_none(place):
     with pytest.raises(MilvusError, match="is no address of a Milvus collection"):
         parse_address(f"milvus:{place}")
