@@ -197,3 +197,14 @@ def test_the_ways_quoted_are_those_of_the_record():
     assert cells["rag"]["interval"][0] > cells["direct"]["interval"][1]
     assert max(results("ten_ways")["minutes_a_seed"]) < 9 and "under nine minutes" in WORDS
     assert f"open in {results('page')['list_seconds']:.1f} seconds" in WORDS
+
+
+def test_the_figures_of_milvus_are_those_of_the_record():
+    record = results("milvus")
+    real, made = record["real"], record["synthetic"]
+    rates, memory = made["queries_a_second"], made["peak_resident_bytes"]
+    assert f"finds {real['dense_share_of_flat@10']:.3f} of" in WORDS and real["dense_share_of_flat@10"] > 0.98
+    assert f"BM25 {real['bm25_share_of_bm25s@10']:.3f} of" in WORDS
+    assert f"{made['passages']:,} synthetic" in WORDS and f"loaded in {made['seconds_to_load']:.0f} seconds" in WORDS
+    assert f"at {rates['dense']:.0f} (vectors), {rates['bm25']:.0f} (BM25) and {rates['fused']:.0f} (fused)" in WORDS
+    assert f"peaked at {memory['loading'] / 1e9:.1f} GB while loading" in WORDS
