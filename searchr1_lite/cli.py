@@ -16,6 +16,7 @@ from typer import Argument, Option
 from searchr1_lite.errors import UserError
 from searchr1_lite.printable import printable
 
+EXTRAS = {"pymilvus": "milvus", "fastapi": "service", "uvicorn": "service", "prometheus_client": "service"}
 TEXT = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None}
 app = typer.Typer(help="Train a language model to search by reinforcement, and see what it learned.", **TEXT)
 index = typer.Typer(help="Make a corpus or an index of it, and measure what is found.", **TEXT)
@@ -293,6 +294,10 @@ def main(arguments: list[str] | None = None) -> None:
         app(arguments, prog_name="searchr1")
     except (UserError, OSError) as error:
         sys.exit(f"error: {printable(str(error))}")
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRAS:
+            raise
+        sys.exit(f"error: {error.name} is not installed; run: pip install 'searchr1_lite[{EXTRAS[error.name]}]'")
     except SystemExit as stop:
         if stop.code == 130:
             print("stopped; the same command goes on from what was saved", file=sys.stderr)

@@ -22,7 +22,7 @@ from searchr1_lite.retrieval.index import load_retriever
 from searchr1_lite.retrieval.milvus import MilvusError, MilvusRetriever, load_corpus_into, parse_address
 from searchr1_lite.retrieval.rerank import Hybrid
 from searchr1_lite.tasks.questions import read_questions
-from searchr1_lite.types import Passage
+from searchr1_lite.types import Passage, RetrievalError
 
 HOTPOT = ROOT.parent / "shared/data/hotpotqa"
 PASSAGES = made_passages(300)
@@ -85,7 +85,7 @@ milvus.load_corpus_into(Path(sys.argv[1]), sys.argv[2], "0", 50)
 """
 
 
-def test_killed_it_resumes(tmp_path, capsys):
+def test_killed_it_resumes(tmp_path, capsys, monkeypatch):
     corpus, address = write(tmp_path / "corpus.jsonl", PASSAGES), f"milvus:{tmp_path}/k.db"
     environment = os.environ | {"PYTHONPATH": f"{Path(__file__).parent}:{ROOT}"}
     command = [sys.executable, "-c", KILLED, str(corpus), address]
@@ -94,8 +94,10 @@ def test_killed_it_resumes(tmp_path, capsys):
         process.send_signal(signal.SIGKILL)
     with pytest.raises(MilvusError, match=r"is not loaded to its end; .* it resumes"):
         MilvusRetriever(address, "0", CHECKSUM)
+    with pytest.raises(MilvusError, match="its batch is 50, but 60 is needed"):
+        load_corpus_into(corpus, address, "0", 60)
     encoded = hash_encoder()
-    milvus.load_encoder = lambda name: encoded  # put back by the fixture
+    monkeypatch.setattr(milvus, "load_encoder", lambda name: encoded)
     load_corpus_into(corpus, address, "0", 50)
     assert "whole, 300 passages" in capsys.readouterr().out
     assert len(encoded.model.texts) == 1 + 200  # the dimension, and what the killed one had not loaded
@@ -115,6 +117,35 @@ def test_what_is_not_this_collection_is_refused(loaded, tmp_path):
     (tmp_path / "file.db").write_text("something else")
     with pytest.raises(MilvusError, match=r"file\.db is no database of milvus-lite"):
         MilvusRetriever(f"milvus:{tmp_path}/file.db", "0", CHECKSUM)
+
+
+def test_killed_before_it_says_what_it_is_it_goes_on(tmp_path):
+    client = milvus.connect(f"{tmp_path}/b.db", make=True)
+    milvus._create(client, "passages", 32)
+    client.close()
+    load_corpus_into(write(tmp_path / "c.jsonl", PASSAGES[:9]), f"milvus:{tmp_path}/b.db", "0", 4)
+    assert MilvusRetriever(f"milvus:{tmp_path}/b.db?search=bm25", "", corpus_checksum(PASSAGES[:9])).search(["7"], 1)
+
+
+def test_what_milvus_raises_is_one_error(loaded, monkeypatch):
+    def fails(*_, **__):
+        raise milvus.MilvusException(message="the disk is full")
+
+    retriever = MilvusRetriever(f"{loaded}?search=bm25", "", CHECKSUM)
+    monkeypatch.setattr(milvus.MilvusClient, "search", fails)
+    with pytest.raises(RetrievalError, match="the search failed: the disk is full"):
+        retriever.search(["x"], 1)
+    monkeypatch.setattr(milvus.MilvusClient, "has_collection", fails)
+    with pytest.raises(MilvusError, match="the disk is full; once that is mended"):
+        MilvusRetriever(loaded, "0", CHECKSUM)
+
+
+def test_without_pymilvus_it_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "searchr1_lite.retrieval.milvus", None)
+    monkeypatch.delitem(sys.modules, "searchr1_lite.retrieval.milvus")
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    with pytest.raises(SystemExit, match=r"^error: pymilvus is not installed; .*searchr1_lite\[milvus\]"):
+        searchr1("index", "milvus", tmp_path / "c.jsonl", "--to", "milvus:a.db")
 
 
 def test_another_dimension_is_refused(loaded, monkeypatch):

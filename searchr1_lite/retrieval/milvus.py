@@ -13,6 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -72,16 +73,33 @@ def connect(uri: str, make: bool = False) -> MilvusClient:
 
 def load_corpus_into(corpus: Path, address: str, encoder_name: str, batch: int) -> None:
     """Encode and load a corpus, `batch` passages at a time; the same call resumes. Raises MilvusError, CorpusError."""
-    uri, name, _ = parse_address(address)
-    corpus, encoder, client = resolve_path(str(corpus)), load_encoder(encoder_name), connect(uri, make=True)
+    client = connect(parse_address(address)[0], make=True)
+    corpus, encoder = resolve_path(str(corpus)), load_encoder(encoder_name)
     total = sum(1 for _ in _read(corpus))
     dimension = checked(encoder.encode_queries(["dimension"]), ["a query"], encoder, None).shape[1]
     facts = {"corpus": corpus_checksum(_read(corpus)), "encoder": _identity(encoder), "dimension": str(dimension)}
-    if client.has_collection(name):
-        _check(client, address, name, facts)
-    else:
+    with _said(address):
+        _load_all(client, corpus, address, encoder, facts | {"batch": str(batch)}, total)
+    print(f"{address}: whole, {total:,} passages")
+    client.close()
+
+
+@contextmanager
+def _said(address: str) -> Iterator[None]:
+    """What Milvus raises becomes a MilvusError."""
+    try:
+        yield
+    except MilvusException as error:
+        raise MilvusError(f"{address}: {error.message}; once that is mended, the same command resumes") from error
+
+
+def _load_all(client: MilvusClient, corpus: Path, address: str, encoder: Encoder, facts: dict, total: int) -> None:
+    (_, name, _), batch, dimension = parse_address(address), int(facts["batch"]), int(facts["dimension"])
+    if not client.has_collection(name):
         _create(client, name, dimension)
+    if "searchr1.corpus" not in client.describe_collection(name).get("properties", {}) and not _count(client, name):
         client.alter_collection_properties(name, {f"searchr1.{key}": value for key, value in facts.items()})
+    _check(client, address, name, facts)
     done = _count(client, name) // batch * batch  # the last batch may be there in part, and is loaded again
     with tqdm(total=total, initial=done, unit=" passages", mininterval=1) as bar:
         for passages in in_shards(islice(_read(corpus), done, None), batch):
@@ -91,8 +109,6 @@ def load_corpus_into(corpus: Path, address: str, encoder_name: str, batch: int) 
     if (loaded := _count(client, name)) != total:
         raise CorpusError(f"{corpus} has {total:,} passages, but {address} {loaded:,}: some ids are used twice")
     client.alter_collection_properties(name, {"searchr1.passages": str(total)})  # the last thing: it is whole
-    print(f"{address}: whole, {total:,} passages")
-    client.close()
 
 
 def _read(corpus: Path) -> Iterator[Passage]:
@@ -126,11 +142,7 @@ def _load(client: MilvusClient, name: str, passages: list[Passage], vectors: Any
         if long := next((field for field in ("title", "text", "stems") if len(row[field].encode()) > LONGEST), None):
             raise CorpusError(f"passage {passage.id!r}: its {long} has more than {LONGEST:,} bytes; cut it first")
         rows.append(row | {"vector": vector.tolist()})
-    try:
-        client.upsert(name, rows)
-    except MilvusException as error:
-        words = f"Milvus took no more from passage {passages[0].id!r} on: {error.message}"
-        raise MilvusError(f"{words}; the same command resumes") from None
+    client.upsert(name, rows)
 
 
 def _count(client: MilvusClient, name: str) -> int:
@@ -159,16 +171,17 @@ class MilvusRetriever:
     def __init__(self, address: str, encoder_name: str, checksum: str) -> None:
         uri, self.name, self.kind = parse_address(address)
         self.address, self.client, self.encoder = address, connect(uri), None
-        if not self.client.has_collection(self.name):
-            raise MilvusError(f"{address}: there is no such collection; searchr1 index milvus loads a corpus into one")
         facts = {"corpus": checksum}
         if self.kind != "bm25":
             self.encoder = load_encoder(encoder_name)
             self.dimension = self.encoder.encode_queries(["dimension"]).shape[1]
             facts |= {"dimension": str(self.dimension), "encoder": _identity(self.encoder)}
-        if "searchr1.passages" not in _check(self.client, address, self.name, facts):
-            raise MilvusError(f"{address} is not loaded to its end; run searchr1 index milvus again, it resumes")
-        self.client.load_collection(self.name)
+        with _said(address):
+            if not self.client.has_collection(self.name):
+                raise MilvusError(f"{address}: there is no such collection; searchr1 index milvus makes one")
+            if "searchr1.passages" not in _check(self.client, address, self.name, facts):
+                raise MilvusError(f"{address} is not loaded to its end; run searchr1 index milvus again, it resumes")
+            self.client.load_collection(self.name)
 
     def search(self, queries: list[str], k: int) -> list[list[Hit]]:
         """Up to `k` passages a query, best first; a blank query finds nothing. Raises RetrievalError."""
