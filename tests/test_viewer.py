@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from searchr1_lite.analysis.viewer import passages
+from searchr1_lite.analysis.viewer import passages, trajectory_html
 from searchr1_lite.rollouts.protocol import INVALID_ACTION, render_observation
 from searchr1_lite.types import Hit, Passage
 
@@ -54,3 +54,11 @@ def test_an_observation_without_passages_stays_whole():
 def test_nothing_is_lost(found, named):
     text = render_observation([Hit(Passage(str(n), title, body), 1.0) for n, (title, body) in enumerate(found)])
     assert "".join(piece for piece, _ in passages(turn(text, [str(n) for n in range(named)]))) == text
+
+
+def test_nothing_of_a_row_is_read_as_html():
+    nasty = "<script>alert(1)</script>"
+    row = {"question": {"id": "1", "question": nasty}, "exact_match": 0.0, "searches": 1, "finished": False}
+    row |= {"stop_reason": nasty, "turns": [{"text": nasty, "observation": nasty}]}
+    shown = trajectory_html(row)
+    assert "<script" not in shown and shown.count("&lt;script&gt;") == 3
