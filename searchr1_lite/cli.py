@@ -17,10 +17,10 @@ from searchr1_lite.errors import UserError
 from searchr1_lite.printable import printable
 
 EXTRAS = {"pymilvus": "milvus", "fastapi": "service", "uvicorn": "service", "prometheus_client": "service"}
-TEXT = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None}
-app = typer.Typer(help="Train a language model to search by reinforcement, and see what it learned.", **TEXT)
-index = typer.Typer(help="Make a corpus or an index of it, and measure what is found.", **TEXT)
-report = typer.Typer(help="Tables, pictures and pages of runs and evaluations.", **TEXT)
+OPTIONS = {"no_args_is_help": True, "pretty_exceptions_enable": False, "rich_markup_mode": None}
+app = typer.Typer(help="Train a language model to search by reinforcement, and see what it learned.", **OPTIONS)
+index = typer.Typer(help="Make a corpus or an index of it, and measure what is found.", **OPTIONS)
+report = typer.Typer(help="Tables, pictures and pages of runs and evaluations.", **OPTIONS)
 app.add_typer(index, name="index")
 app.add_typer(report, name="report")
 

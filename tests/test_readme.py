@@ -149,8 +149,14 @@ def test_the_retrieval_quoted_is_that_of_the_record():
     for part in ("flat_search", "flat_search_beyond_cache"):
         ratios = [record[part]["sizes"][size]["ratio"]["median"] for size in ("16", "32", "64", "128")]
         assert f"{min(ratios):.1f} to {max(ratios):.1f} times" in WORDS
+        ratios = [record[part]["sizes"][size]["ratio_multiplying"]["median"] for size in ("16", "32", "64", "128")]
+        assert f"{min(ratios):.1f} to {max(ratios):.1f} times" in WORDS
+    bm25s = record["bm25"]["ratio"]["bm25s.retrieve"]
+    assert f"{bm25s['median']:.1f} times as long as 0.6.0's BM25 ({bm25s['least']:.1f} to {bm25s['most']:.1f})" in WORDS
     rank_bm25 = record["bm25"]["ratio"]["rank_bm25"]
-    words = f"{rank_bm25['median']:.0f} times as long as our BM25 ({rank_bm25['least']:.0f} to {rank_bm25['most']:.0f})"
+    words = (
+        f"{rank_bm25['median']:.0f} times as long as 0.6.0's BM25 ({rank_bm25['least']:.0f} to {rank_bm25['most']:.0f})"
+    )
     assert words in WORDS
     peaks = [kind["peak_bytes"] for kind in million["kinds"].values()]
     assert f"at most {max(peak['building'] for peak in peaks) / 1e9:.1f} GB of resident memory" in WORDS
